@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import lzma
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
@@ -25,20 +22,6 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, NDArray[Any]]
 
-# Exceptions of numpy and zipfile for a file that is truncated, altered, encrypted or larger than the memory.
-_UNREADABLE = (
-    *(
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        EOFError,
-        OSError,
-        RuntimeError,
-        OverflowError,
-    ),
-    *(MemoryError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
-)
 FORMAT = 1
 _HEADER = "header"
 
@@ -54,11 +37,7 @@ def encode(kind: str, header: Mapping[str, Any], arrays: Mapping[str, NDArray[An
 
 
 def arrays_of(file: BinaryIO | Path) -> Arrays:
-    """The arrays of an .npz file, read without unpickling.
-
-    Raises:
-        ValueError: not such a file, or a damaged one; the message names the array.
-    """
+    """The arrays of an .npz file, read without unpickling; ValueError names an array that cannot be read."""
     arrays, name = {}, "the file"
     try:
         with np.load(file, allow_pickle=False) as parts:
@@ -66,7 +45,8 @@ def arrays_of(file: BinaryIO | Path) -> Arrays:
                 arrays[name] = parts[name]
                 if not isinstance(arrays[name], np.ndarray):
                     raise TypeError("not an array")
-    except _UNREADABLE as error:
+    except Exception as error:
+        # numpy and zipfile raise many kinds for files that are truncated, altered, encrypted or too large.
         raise ValueError(
             f"{printable(name)}: expected a plain array that fits in memory, got a damaged or encrypted one, or "
             "Python objects, which are not unpickled"
@@ -75,11 +55,7 @@ def arrays_of(file: BinaryIO | Path) -> Arrays:
 
 
 def decode(content: bytes, kind: str, name: str) -> tuple[dict[str, Any], Arrays]:
-    """Return the header and the arrays of a file.
-
-    Raises:
-        ValueError: the file is damaged, or has another kind or format; the message names the file.
-    """
+    """Return the header and the arrays of a file; ValueError if it is damaged or has another kind or format."""
     problem = f"{name}: not a file of {kind}, or a damaged one"
     try:
         arrays = arrays_of(io.BytesIO(content))

@@ -10,11 +10,7 @@ from typing import Any
 
 
 def optional_package(name: str, package: str = "") -> Any:
-    """Import a module of a package that is not a dependency; the package has the module's name unless given.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-    """
+    """Import a module of a package that is not a dependency; the package has the module's name unless given."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -23,11 +19,9 @@ def optional_package(name: str, package: str = "") -> Any:
 
 @contextmanager
 def progress_bar(shown: bool | None, total: int, label: str) -> Iterator[Callable[[int], object]]:
-    """Yield a function that advances a bar on standard error by a count of evaluations.
+    """Yield a function that advances a bar on standard error by a count of evaluations, at most `total`.
 
-    Args:
-        shown: None if standard error is a terminal.
-        total: the largest number of evaluations, which the bar shows from the start, with the time remaining.
+    shown: None if standard error is a terminal.
     """
     if shown is None:
         shown = sys.stderr is not None and sys.stderr.isatty()

@@ -69,7 +69,6 @@ def read(path: Path, layer: str | None = None) -> CheckpointFile:
 
 
 def _read_torch(path: Path, head: bytes) -> tuple[Any, dict[str, Any]]:
-    """Return the contents of a file of torch.save, and the settings."""
     if not head.startswith((ZIP_HEAD, PICKLE_HEAD)):
         raise CheckpointError(path, NOT_TORCH)
     try:
@@ -93,7 +92,6 @@ def _read_torch(path: Path, head: bytes) -> tuple[Any, dict[str, Any]]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of a .safetensors file, and the settings."""
     try:
         from safetensors import SafetensorError, safe_open
     except ModuleNotFoundError as error:

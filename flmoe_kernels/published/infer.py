@@ -112,7 +112,6 @@ def in_words(architecture: Architecture) -> str:
 def _infer_sparse(
     file: CheckpointFile, layers: int, dim: int, gate: str | None, top_k: int | None
 ) -> SparseSpec | None:
-    """Infer the sparse MLPs of all fusion layers; None if there are none."""
     if not any(re.match(MLP + r"(experts|gate|all_gates)\.", key) for key in file.state_dict):
         if gate is not None or top_k is not None:
             name = "top_k" if gate is None else "gate"
@@ -140,7 +139,6 @@ def _infer_sparse(
 
 
 def _gate(file: CheckpointFile, given: str | None, settings: dict[str, Any]) -> str:
-    """Return the class name of the gates, a key of GATES."""
     noisy = any(re.match(MLP + r"(gate|all_gates\.\d+)\.w_gate$", key) for key in file.state_dict)
     default = NOISY if noisy else settings.get("gate", DEFAULT_GATE)
     try:

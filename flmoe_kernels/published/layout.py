@@ -147,7 +147,6 @@ def _plain(key: str) -> str:
 
 
 def _missing(content: Any) -> str:
-    """What is missing for an interaction layer, and what the file holds instead."""
     if not isinstance(content, dict):
         return f"holds a {type(content).__name__}, expected a state_dict"
     states = dict(_mappings(content))

@@ -8,9 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from flmoe_kernels.explain.figures.ties import alike, groups
 from flmoe_kernels.explain.figures.weights import leading
-from flmoe_kernels.explain.reliability import TIE_ERRORS
+from flmoe_kernels.explain.reliability import TIE_ERRORS, alike, groups
 
 
 def random_values(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

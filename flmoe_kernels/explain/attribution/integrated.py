@@ -57,14 +57,8 @@ def integrated_gradients(
     """(x - x0) * integral over t in [0, 1] of dF(x0 + t (x - x0)) / dx, F the target's logit.
 
     Returns these values M x (B, L_m, ...), the score F(x) (B,) and the error (B,), in float64. The error,
-    F(x) - F(x0) - the sum of the values, is that of the quadrature. logits_of must be differentiable by
-    its inputs, and a sample's logits must not depend on its batch. `advance` is called with the number of rows of
-    each pass with gradients.
-
-    Raises:
-        ValueError: no gradient, or a NaN or inf in the logits or gradients of a sample with valid tokens.
-
-    Memory: that of logits_of for max_batch rows, and a few times the inputs.
+    F(x) - F(x0) - the sum of the values, is that of the quadrature. `advance` is called with the number of rows of
+    each pass with gradients. Memory: that of logits_of for max_batch rows, and a few times the inputs.
     Source: Sundararajan, Taly and Yan, arXiv 1703.01365.
     """
     nodes, weights = quadrature(path.rule, path.n_steps)
@@ -143,7 +137,6 @@ def _weighted_gradients(
 def _scores(
     logits_of: LogitsOf, inputs: Inputs, masks: Inputs | None, targets: Targets, max_batch: int
 ) -> Tensor:
-    """The target's logit (B,) in float64."""
     batch, device = _batch_of(inputs)
     scores = []
     for rows in torch.arange(batch, device=device).split(max_batch):

@@ -90,10 +90,7 @@ def evaluation_copy(
 ) -> nn.Module:
     """Copy a module, in eval mode and with the same parameters; the module itself is not changed.
 
-    Args:
-        module: its parts must call each other as submodules.
-        replace: returns the replacement of a part, or None to copy the part.
-        copies: of parts that occur several times, by id; filled by the call.
+    replace: returns the replacement of a part, or None to copy it. copies: of parts that occur repeatedly, by id.
     """
     copies = {} if copies is None else copies
     if id(module) not in copies:

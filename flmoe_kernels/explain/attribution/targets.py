@@ -17,15 +17,10 @@ PROB, LOG_PROB, LOGIT = METRICS = ("prob", "log_prob", "logit")
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """The explained classes of B samples.
+    """The explained classes of B samples."""
 
-    Attributes:
-        weights: (B, C) float64, rows that sum to 1: one class, or 1 / n on each of n labels.
-        multi_label: whether classes are independent (sigmoid) or exclusive (softmax).
-    """
-
-    weights: Tensor
-    multi_label: bool
+    weights: Tensor  # (B, C) float64, rows that sum to 1: one class, or 1 / n on each of n labels
+    multi_label: bool  # whether classes are independent (sigmoid) or exclusive (softmax)
 
     def read(self, logits: Tensor, metric: str, samples: Tensor | None = None) -> Tensor:
         """A metric (N,) in float64 of logits (N, C); samples (N,) int64 are their samples, None for 0..B - 1.
@@ -106,10 +101,7 @@ def require_labels(name: str, value: Any, batch: int, classes: int, device: torc
 
 
 def require_finite(values: Tensor, what: str, there: Tensor | None = None, first: int = 0) -> None:
-    """Raise ValueError for NaN or inf in results (B, ...) of the model.
-
-    there: (B,) bool, the samples to check, by default all; first: the number of the first one.
-    """
+    """Raise ValueError for NaN or inf in results (B, ...) of the samples `there`, numbered from `first`."""
     wrong = ~values.isfinite().flatten(1).all(dim=1)
     if there is not None:
         wrong &= there

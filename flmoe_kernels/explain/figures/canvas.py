@@ -37,9 +37,12 @@ def require_result(name: str, value: Any, kind: type) -> None:
     raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}{hint}")
 
 
-def require_sized(name: str, value: Any) -> None:
+def require_sized(name: str, value: Any, count: int, what: str) -> None:
+    """Check for a sequence of `count` items; `what` describes them in the error."""
     if not isinstance(value, Sized):
         raise TypeError(f"{name}: expected a sequence, got {type(value).__name__}")
+    if len(value) != count:
+        raise ValueError(f"{name}: expected {count}{what}, got {len(value)}")
 
 
 def require_array(name: str, value: Any, axes: str, source: str = "") -> Floats:
@@ -100,13 +103,8 @@ def short(text: str) -> str:
 
 
 def require_tokens(name: str, tokens: Sequence[str] | None, length: int) -> None:
-    if tokens is None:
-        return
-    require_sized(name, tokens)
-    if len(tokens) != length:
-        raise ValueError(
-            f"{name}: expected {length} strings, one for each token, got {len(tokens)}"
-        )
+    if tokens is not None:
+        require_sized(name, tokens, length, " strings, one for each token")
 
 
 def hatch_negative(axes: Axes, values: Floats, limit: float) -> None:

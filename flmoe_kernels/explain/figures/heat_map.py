@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flmoe_kernels.core.figures import make_figure
 from flmoe_kernels.explain.games.coalitions import Floats, Ints
+from flmoe_kernels.explain.reliability import alike
 
 from .canvas import (
     ABSENT,
@@ -22,10 +23,8 @@ from .canvas import (
     limit_of,
     require_array,
     require_errors,
-    require_sized,
     require_tokens,
 )
-from .ties import alike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,7 +126,8 @@ def _require_grid(grid: tuple[int, int] | None, patches: int) -> tuple[int, int]
         grid = (side, side)
         if side * side != patches:
             raise ValueError(f"grid: expected (rows, columns), as {patches} is not a square number")
-    require_sized("grid", grid)
+    if not isinstance(grid, Sized):
+        raise TypeError(f"grid: expected a sequence, got {type(grid).__name__}")
     if len(grid) != 2 or grid[0] * grid[1] != patches or min(grid) < 1:
         raise ValueError(f"grid: expected rows x columns of {patches} patches, got {grid}")
     return grid

@@ -11,6 +11,7 @@ from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.figures import make_figure
 from flmoe_kernels.explain.estimators.results import MAGNITUDE, PairValues, scored
 from flmoe_kernels.explain.games.coalitions import Floats
+from flmoe_kernels.explain.reliability import alike
 
 from .canvas import (
     AGAINST,
@@ -23,7 +24,6 @@ from .canvas import (
     require_tokens,
     short,
 )
-from .ties import alike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,15 +72,12 @@ def pair_network(
     """
     require_result("found", found, PairValues)
     check.require_count("n", n, 1)
+    count = len(found.lengths)
     for name, given in (("tokens", tokens), ("names", names)):
         if given is not None:
-            require_sized(name, given)
-    count = len(found.lengths)
+            require_sized(name, given, count, ", one for each modality")
     strings: list[Sequence[str] | None] = [None] * count if tokens is None else list(tokens)
     titles = [f"modality {m}" for m in range(count)] if names is None else list(names)
-    for name, size in (("tokens", len(strings)), ("names", len(titles))):
-        if size != count:
-            raise ValueError(f"{name}: expected {count}, one for each modality, got {size}")
     for m, (given, length) in enumerate(zip(strings, found.lengths, strict=True)):
         require_tokens(f"tokens[{m}]", given, length)
     order = found.ranked(by=by)

@@ -41,9 +41,7 @@ def expert_weights(weights: Any, names: Sequence[str], *, title: str = "") -> Fi
     array = require_array("weights", weights, "S, E", ", such as Attribution.weights")
     if not array.size or not np.isfinite(array).all():
         raise ValueError(f"weights: expected finite weights (S, E), got {array.shape}, not finite")
-    require_sized("names", names)
-    if len(names) != array.shape[1]:
-        raise ValueError(f"names: expected {array.shape[1]}, one for each expert, got {len(names)}")
+    require_sized("names", names, array.shape[1], ", one for each expert")
     heights = (min(9.0, max(2.2, 0.3 * len(array) + 1.4)), 3.4)
     # One above the other, so that the figure is readable on a narrow screen.
     figure = make_figure(max(4.6, 0.6 * len(names) + 1.4), sum(heights))

@@ -131,7 +131,6 @@ class TokenGame:
         return logits[:, self.target].cpu().numpy()
 
     def _absent(self, coalitions: Bools) -> tuple[Tensor, list[Tensor]]:
-        """Return the sample of each coalition, (m,), and its absent players, M x (m, L_m)."""
         absent = np.zeros((len(coalitions), sum(self.lengths)), dtype=np.bool_)
         absent[:, self._place] = ~coalitions
         rows = torch.zeros(len(coalitions), dtype=torch.int64, device=self._masked.device)

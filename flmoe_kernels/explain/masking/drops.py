@@ -277,7 +277,6 @@ class MaskingDrops(Saved):
         return with_notes(line, self.notes)
 
     def _common(self) -> dict[str, Any]:
-        """What results need to have in common to be concatenated."""
         common = {name: getattr(self, name) for name in _COMMON}
         common |= {"settings." + name: x for name, x in self.settings.items() if name != "seeds"}
         common |= {name: "no" if getattr(self, name) is None else "yes" for name in self._OPTIONAL}
@@ -290,7 +289,6 @@ class MaskingDrops(Saved):
         return KINDS.index(kind), self.metrics.index(metric)
 
     def _summary(self, kind: str, metric: str, weights: Tensor) -> Summary:
-        """Summarize the drops times weights (K, k)."""
         place = self._places(kind, metric)
         weights = weights.to(self.identified.device)
         there = self.maskable > 0

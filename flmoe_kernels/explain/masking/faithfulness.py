@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -136,16 +135,10 @@ def faithfulness(
         order = torch.cat([places(scores, allowed).unsqueeze(0), drawn])
         chosen.append(order.unsqueeze(1) <= counts.unsqueeze(2))
         tied |= tied_tokens(scores, allowed, chosen[-1][0])
-    index = attributions.index if isinstance(attributions, Attribution) else "given"
-    settings = {"exempt": [int(m) for m in exempt], "by": index}
-    about: dict[str, Any] = {
-        "index": "faithfulness",
-        "unit": PERCENT,
-        "budgets": steps,
-        "seed": int(seed),
-        "labels": labels,
-    }
-    return _drops(masked, targets, wanted, chosen, candidate, progress, settings, tied, **about)
+    by = attributions.index if isinstance(attributions, Attribution) else "given"
+    about: dict[str, Any] = {"index": "faithfulness", "unit": PERCENT, "budgets": steps}
+    about |= {"seed": int(seed), "near_ties": tied, "labels": labels}
+    return _drops(masked, targets, wanted, chosen, candidate, progress, exempt, by, **about)
 
 
 def pair_masking(
@@ -208,14 +201,10 @@ def pair_masking(
         drawn = order.unsqueeze(1) <= union.sum(dim=2, keepdim=True)
         chosen.append(torch.cat([union.unsqueeze(0), drawn]))
     names = sorted({x.index if isinstance(x, PairValues) else "given" for x in pairs})
-    settings = {"exempt": [int(m) for m in exempt], "by": f"{by} {' and '.join(names)}"}
-    about: dict[str, Any] = {
-        "index": "pair_masking",
-        "unit": TOKENS,
-        "budgets": steps,
-        "seed": int(seed),
-    }
-    return _drops(masked, targets, wanted, chosen, candidate, progress, settings, tied, **about)
+    by = f"{by} {' and '.join(names)}"
+    about: dict[str, Any] = {"index": "pair_masking", "unit": TOKENS, "budgets": steps}
+    about |= {"seed": int(seed), "near_ties": tied}
+    return _drops(masked, targets, wanted, chosen, candidate, progress, exempt, by, **about)
 
 
 def _drops(
@@ -225,23 +214,21 @@ def _drops(
     chosen: Sequence[Tensor],
     candidate: Sequence[Tensor],
     progress: bool | None,
-    settings: dict[str, Any],
-    tied: Tensor,
+    exempt: Sequence[int],
+    by: str,
     **about: Any,
 ) -> MaskingDrops:
+    settings = {"exempt": [int(m) for m in exempt], "by": by}
+    keep = about.get("labels") is not None
     return MaskingDrops(
         metrics=metrics,
-        near_ties=tied,
         masked=sum((x[0].sum(dim=2) for x in chosen), start=torch.tensor(0)).T,
         maskable=sum((x.sum(dim=1) for x in candidate), start=torch.tensor(0)),
         targets=targets.weights,
         multi_label=targets.multi_label,
         batch_size=masked.max_batch,
         settings=describe(masked.model, masked.expert, masked.fill, **settings),
-        **measure(
-            *(masked, targets, metrics, chosen, candidate, progress),
-            keep=about.get("labels") is not None,
-        ),
+        **measure(masked, targets, metrics, chosen, candidate, progress, keep),
         **about,
     )
 
@@ -274,28 +261,14 @@ def _values_of(
     return checked
 
 
-@dataclass(frozen=True, eq=False)
-class _Ranked:
-    """Pairs (p, 2) of one sample, the best first, as positions in the concatenated modalities.
-
-    keys, errors: (p,) of a PairValues, in the same order; None for listed pairs.
-    """
-
-    pairs: Ints
-    keys: Floats | None = None
-    errors: Floats | None = None
-
-    def tied(self, kept: int, left: int) -> bool:
-        """Whether pair `left` is not distinguishable from pair `kept`, which comes before it."""
-        if self.keys is None or self.errors is None:
-            return False
-        return bool(tied(self.keys, self.errors, kept)[left])
+# Pairs (p, 2) of one sample, the best first, as positions in the concatenated modalities, and the keys and errors
+# (p,) of a PairValues, in the same order; None for listed pairs.
+_Ranked = tuple[Ints, tuple[Floats, Floats] | None]
 
 
 def _resolved(
     target: Any, masked: MaskedModel, candidate: Sequence[Tensor], multi_label: bool
 ) -> Targets:
-    """The explained classes, from the logits of the unmasked samples."""
     logits = masked.full_logits()
     require_prediction(logits, torch.cat(list(candidate), dim=1).any(dim=1))
     return resolve_targets(target, logits, multi_label)
@@ -308,13 +281,13 @@ def _ranked_pairs(pairs: Any, valid: Sequence[Tensor], by: str) -> list[_Ranked]
         raise ValueError(f"pairs: expected a list for each of {batch} samples, got {count}")
     ranked = []
     for b, given in enumerate(pairs):
-        tokens, scores = players_of(valid, b), {}
+        tokens, scores = players_of(valid, b), None
         if isinstance(given, PairValues):
             order = given.ranked(by=by)
-            scores = {"keys": given.keys(by)[order], "errors": given.standard_errors[order]}
+            scores = given.keys(by)[order], given.standard_errors[order]
             given = given.tokens[given.pairs[order]]
         places = flat_places(tokens, lengths)[listed_pairs(f"pairs[{b}]", given, tokens)]
-        ranked.append(_Ranked(places, **scores))
+        ranked.append((places, scores))
     return ranked
 
 
@@ -326,7 +299,7 @@ def _unions(
     chosen = np.zeros((len(budgets), *allowed.shape), dtype=np.bool_)
     tied = np.zeros((len(ranked), len(budgets)), dtype=np.bool_)
     for b, own in enumerate(ranked):
-        usable = np.flatnonzero(allowed[b][own.pairs].all(axis=1)).tolist()
+        usable = np.flatnonzero(allowed[b][own[0]].all(axis=1)).tolist()
         for k, budget in enumerate(budgets):
             union, tied[b, k] = _union(own, usable, budget)
             chosen[k, b, sorted(union)] = True
@@ -339,18 +312,19 @@ def _unions(
 
 def _union(ranked: _Ranked, usable: Sequence[int], budget: int) -> tuple[set[int], bool]:
     """Tokens of the pairs that fit, and whether a pair that does not is a near-tie of the last one that does."""
+    pairs, scores = ranked
     union: set[int] = set()
     kept: int | None = None
-    tied = False
+    near = False
     for place in usable:
-        pair = ranked.pairs[place].tolist()
+        pair = pairs[place].tolist()
         if len(union.union(pair)) <= budget:
             if not union.issuperset(pair):
                 kept = place
             union.update(pair)
-        elif kept is not None and not tied:
-            tied = ranked.tied(kept, place)
-    return union, tied
+        elif kept is not None and scores is not None and not near:
+            near = bool(tied(*scores, kept)[place])
+    return union, near
 
 
 def _require_budgets(budgets: Any, unit: str) -> tuple[float, ...]:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core import validation as check
 from flmoe_kernels.explain.attribution.values import Attribution
+from flmoe_kernels.explain.games.tokens import percent_counts, places
+from flmoe_kernels.explain.masking.measure import tied_tokens
 
-from . import measures
-from .measures import pairs, require_top, top_tokens
-from .results import ALL, PatternMeasures, joined, require_confidence
+from .results import ALL, NORMALIZED_ENTROPY, PatternMeasures, joined, require_confidence
 
 Attributions = Attribution | Iterable[Attribution]
 MIXTURE, DENSE = "mixture", "dense"
 CONCENTRATION, SPECIFICITY = "concentration", "specificity"
+_MEASURES = {
+    CONCENTRATION: ("entropy", NORMALIZED_ENTROPY, "gini", "top_share"),
+    SPECIFICITY: ("jaccard", "cosine"),
+}
 
 
 def concentration(
@@ -52,7 +59,7 @@ def concentration(
     Cost: sorting B * E * L values.
     """
 
-    settings = require_top(top), require_confidence(confidence)
+    settings = _require_top(top), require_confidence(confidence)
     found = []
     for attribution in _batches("attributions", attributions):
         names, maps = attribution.experts, attribution.values
@@ -90,7 +97,7 @@ def specificity(
     Cost: see `concentration`.
     """
 
-    settings = require_top(top), require_confidence(confidence)
+    settings = _require_top(top), require_confidence(confidence)
     batches = _batches("attributions", attributions)
     others: Sequence[Attribution | None] = [None] * len(batches)
     if dense is not None:
@@ -110,7 +117,6 @@ def specificity(
 
 
 def _batches(name: str, attributions: Any) -> list[Attribution]:
-    """Check the attributions of batches; return a list."""
     if isinstance(attributions, Attribution):
         attributions = [attributions]
     if not isinstance(attributions, Iterable):
@@ -171,7 +177,6 @@ def _measured(
     top: int | float,
     confidence: float,
 ) -> PatternMeasures:
-    """Measure the maps M x (B, R, L_m) in every scope."""
     scopes = {ALL: (torch.cat(list(maps), dim=2), torch.cat(attribution.valid, dim=1))}
     if len(maps) > 1:
         for m, of_modality in enumerate(zip(maps, attribution.valid, strict=True)):
@@ -181,16 +186,16 @@ def _measured(
     near_ties = attribution.valid[0].new_zeros(len(attribution.valid[0]))
     for own, valid in scopes.values():
         importance = own.double().abs().masked_fill(~valid.unsqueeze(1), 0.0)
-        chosen, tied = top_tokens(importance, valid, top)
+        chosen, tied = _top_tokens(importance, valid, top)
         if overlap:
-            values.append(measures.overlap_measures(importance, chosen))
+            values.append(_overlap(importance, chosen))
             near_ties |= tied.any(dim=1)
         else:
-            values.append(measures.concentration_measures(importance, valid, chosen))
-    parts = [f"{names[e]} / {names[f]}" for e, f in zip(*pairs(len(names)), strict=True)]
+            values.append(_concentration(importance, valid, chosen))
+    parts = [f"{names[e]} / {names[f]}" for e, f in zip(*_pairs(len(names)), strict=True)]
     return PatternMeasures(
         index=index,
-        measures=measures.OVERLAP if overlap else measures.CONCENTRATION,
+        measures=_MEASURES[index],
         scopes=tuple(scopes),
         parts=tuple(parts) if overlap else names,
         values=torch.stack(values, dim=1),
@@ -201,3 +206,67 @@ def _measured(
         method=attribution.index,
         settings=attribution.settings,
     )
+
+
+def _require_top(top: object) -> int | float:
+    """Return a count of tokens as an int, a share as a float. Raises TypeError or ValueError for others."""
+    if isinstance(top, bool) or not isinstance(top, Real):
+        raise TypeError(f"top: expected an int or a float, got {type(top).__name__}")
+    if isinstance(top, Integral):
+        check.require_count("top", int(top), 1)
+        return int(top)
+    if not 0.0 < float(top) <= 1.0:
+        raise ValueError(f"top: expected a share above 0 up to 1, or a count (int), got {top}")
+    return float(top)
+
+
+def _top_tokens(importance: Tensor, valid: Tensor, top: int | float) -> tuple[Tensor, Tensor]:
+    """Return the most important tokens (B, R, L) bool, and whether they were chosen among near-ties (B, R).
+
+    importance (B, R, L) >= 0, valid (B, L) bool. Equal tokens keep their order.
+    """
+    if isinstance(top, int):
+        counts = valid.sum(dim=1).clamp(max=top)
+    else:
+        counts = percent_counts(valid, 100 * Fraction(str(top)))
+    allowed = valid.unsqueeze(1).expand_as(importance)
+    chosen = places(importance, allowed) <= counts.view(-1, 1, 1)
+    flat = [x.flatten(0, 1) for x in (importance, allowed, chosen)]
+    tied = tied_tokens(flat[0], flat[1], flat[2].unsqueeze(0)).view(chosen.shape[:2])
+    return chosen, tied & (importance > 0).any(dim=2)
+
+
+def _concentration(importance: Tensor, valid: Tensor, chosen: Tensor) -> Tensor:
+    """The measures (4, R, B) of importance (B, R, L) >= 0, which is 0 for padding; NaN if it is 0 everywhere."""
+    count = valid.sum(dim=1, keepdim=True).double()
+    shares = importance / importance.sum(dim=2, keepdim=True)
+    entropy = -torch.xlogy(shares, shares).sum(dim=2)
+    # The rank among valid tokens, from 1; padding comes first, and has share 0.
+    length = importance.shape[2]
+    rank = torch.arange(1, length + 1, device=importance.device) - (length - count)
+    weight = (2 * rank - count - 1).unsqueeze(1)
+    gini = (shares.sort(dim=2)[0] * weight).sum(dim=2) / count
+    top = torch.where(chosen, shares, 0.0).sum(dim=2)
+    found = torch.stack([entropy, entropy / count.log(), gini, top])
+    return found.masked_fill((importance == 0).all(dim=2), torch.nan).transpose(1, 2)
+
+
+def _overlap(importance: Tensor, chosen: Tensor) -> Tensor:
+    """The measures (2, P, B) of pairs of maps in importance (B, R, L) >= 0; NaN if one of them is 0 everywhere."""
+    there = (importance != 0).any(dim=2)
+    sets = chosen.double()
+    common = sets @ sets.transpose(1, 2)
+    size = sets.sum(dim=2)
+    jaccard = common / (size.unsqueeze(2) + size.unsqueeze(1) - common)
+    units = importance / torch.linalg.vector_norm(importance, dim=2, keepdim=True)
+    cosine = units @ units.transpose(1, 2)
+    both = there.unsqueeze(2) & there.unsqueeze(1)
+    found = torch.stack([jaccard, cosine]).masked_fill(~both, torch.nan)
+    first, second = _pairs(importance.shape[1])
+    return found[:, :, first, second].transpose(1, 2)
+
+
+def _pairs(count: int) -> tuple[list[int], list[int]]:
+    """Positions e and f of the pairs e < f."""
+    first, second = torch.triu_indices(count, count, 1).tolist()
+    return first, second

@@ -17,8 +17,7 @@ from flmoe_kernels.explain.archive import Saved
 from flmoe_kernels.explain.estimators.results import with_notes
 from flmoe_kernels.explain.reliability import LEAST_COUNT, RULE
 
-from .measures import NORMALIZED_ENTROPY
-
+NORMALIZED_ENTROPY = "normalized_entropy"
 ALL = "all"
 # Fields that two compared results have in common.
 _COMMON = ("index", "measures", "scopes", "top", "confidence", "method", "settings")

@@ -50,12 +50,9 @@ def run(request: Request, *, force: bool = False) -> Findings:
 
     Results are written when all are complete, index.html last. Until then, OUT/checkpoints stores the progress of
     the pair estimates; the same request resumes from it, with the same numbers as without interruption.
-
-    Args:
-        force: replace earlier results in the folder, which are otherwise an error; other files stay.
+    force: replace earlier results in the folder, which are otherwise an error; other files stay.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing.
         CheckpointError, ValueError, OSError: the request cannot be run; the message is one line with the reason.
         LayersDiffer: the outputs of the swapped layer and the reference differ on these samples.
     """
@@ -75,7 +72,7 @@ def run(request: Request, *, force: bool = False) -> Findings:
         # Characters missing in the font become boxes in figures; the page's tables have the text.
         warnings.filterwarnings("ignore", "Glyph .* missing")
         pictures = draw(findings)
-    files = _contents(findings) | {name: picture.png for name, picture in pictures.items()}
+    files = _contents(findings) | {name: png for name, (png, _) in pictures.items()}
     files |= {PAGE: page(findings, pictures, list(files))}
     for path in _results(out):
         path.unlink()
@@ -106,7 +103,6 @@ def main(request: Request, *, force: bool = False) -> int:
 
 
 def _load(request: Request) -> tuple[Any, dict[str, Any], Features]:
-    """Load the fast layer, its description (JSON serializable) and the samples."""
     checkpoint, data = request.checkpoint, request.data
     reference = load_layer(checkpoint, **request.layer)
     spec = describe(reference)
@@ -134,7 +130,6 @@ def _load(request: Request) -> tuple[Any, dict[str, Any], Features]:
 
 
 def _contents(findings: Findings) -> dict[str, Content]:
-    """The contents of the result files and the JSON file, by name."""
     results: dict[str, Any] = {"attribution": findings.attribution, **findings.drops}
     for sample, values in enumerate(findings.pairs):
         results |= {f"sample_{sample:05d}_{name}": pairs for name, pairs in values.items()}
@@ -144,7 +139,6 @@ def _contents(findings: Findings) -> dict[str, Content]:
 
 
 def _results(out: Path) -> list[Path]:
-    """Files of results in the folder, the page first."""
     found = [file for file in out.glob("*") if _RESULT.fullmatch(file.name)]
     return sorted(found, key=lambda file: (file.name != PAGE, file))
 

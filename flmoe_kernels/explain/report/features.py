@@ -29,23 +29,14 @@ class FeatureError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """S samples of M modalities.
+    """S samples of M modalities."""
 
-    Attributes:
-        inputs: M x (S, L_m, D), 0 for padding.
-        masks: M x (S, L_m) bool or None; None if no modality has a mask.
-        labels: (S,) int64, classes; (S, C) bool, positive labels; or None.
-        tokens: M x (S, L_m) strings, or None.
-        images: M x (S, H, W) or (S, H, W, 3), or None.
-        total: number of samples in the file.
-    """
-
-    inputs: list[Tensor]
-    masks: list[Tensor | None] | None
-    labels: Tensor | None
-    tokens: list[Array | None]
-    images: list[Array | None]
-    total: int
+    inputs: list[Tensor]  # M x (S, L_m, D), 0 for padding
+    masks: list[Tensor | None] | None  # M x (S, L_m) bool; None if no modality has a mask
+    labels: Tensor | None  # (S,) int64, classes; (S, C) bool, positive labels
+    tokens: list[Array | None]  # M x (S, L_m) strings
+    images: list[Array | None]  # M x (S, H, W) or (S, H, W, 3)
+    total: int  # number of samples in the file
 
     @property
     def samples(self) -> int:
@@ -66,13 +57,9 @@ class Features:
 def load_features(
     path: str | Path, modalities: int, width: int, classes: int, dtype: torch.dtype
 ) -> Features:
-    """Load samples from a file of numpy.savez, for a layer of M modalities, width D and C classes.
+    """Load samples from a file of numpy.savez, see docs/explain.md, for a layer of these sizes.
 
-    docs/explain.md describes the arrays. Inputs are converted to `dtype`, that of the layer.
-
-    Raises:
-        FeatureError: not an .npz file, or an array does not fit; the message has its name and what was expected.
-        OSError: the file does not exist or cannot be read.
+    Inputs are converted to `dtype`. Raises FeatureError, which names the array, or OSError.
     """
     try:
         return _checked(_read(Path(path)), modalities, width, classes, dtype)
@@ -200,7 +187,6 @@ def _images(arrays: Mapping[str, Array], m: int, samples: int, length: int) -> A
 
 
 def _require_tokens(inputs: list[Tensor], masks: list[Tensor | None]) -> None:
-    """Check that valid tokens are finite, and that every sample has at least one."""
     there = torch.zeros(len(inputs[0]), dtype=torch.bool)
     for m, (x, valid) in enumerate(zip(inputs, valid_tokens(inputs, masks), strict=True)):
         there |= valid.any(dim=1)

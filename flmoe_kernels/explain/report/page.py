@@ -99,8 +99,8 @@ def _table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) 
 
 
 def _figure(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode("ascii")
-    caption = escape(picture.caption)
+    data = base64.b64encode(picture[0]).decode("ascii")
+    caption = escape(picture[1])
     return (
         f'<figure>\n<img src="data:image/png;base64,{data}" alt="{caption}">\n'
         f"<figcaption>{caption}</figcaption>\n</figure>"

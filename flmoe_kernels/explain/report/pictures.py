@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,27 +22,21 @@ from flmoe_kernels.explain.figures.weights import expert_weights
 from .features import Features
 from .findings import FAITHFULNESS, TOP_ROWS, Findings
 
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure's PNG file and its caption, which is also its alternative text."""
-
-    png: bytes
-    caption: str
+Picture = tuple[bytes, str]  # PNG file and caption, which is also the alternative text
 
 
 def draw(findings: Findings) -> dict[str, Picture]:
     """Draw all figures; return PNG files by name."""
     weights = expert_weights(findings.attribution.weights, findings.experts)
     pictures = {
-        "expert_weights.png": Picture(png_bytes(weights), "Weights of the experts in the mixture.")
+        "expert_weights.png": (png_bytes(weights), "Weights of the experts in the mixture.")
     }
     for name, drops in findings.drops.items():
         index = name.rpartition("_")[2]
         what = f"of the pairs of largest {index}"
         if name == FAITHFULNESS:
             what = f"of highest attribution ({findings.attribution.index})"
-        pictures[f"{name}.png"] = Picture(
+        pictures[f"{name}.png"] = (
             png_bytes(drop_curve(drops, findings.metric, title=f"Tokens {what}")),
             f"Tokens {what} masked, or all others masked; compared with random tokens.",
         )
@@ -64,7 +57,7 @@ def _of_sample(
     network = pair_network(values, TOP_ROWS, tokens=tokens, names=modalities, title=title)
     lines = "solid: above 0, dashed: below, dotted: tied across 0; width: |value|"
     stem = f"sample_{sample:05d}_{index}"
-    yield f"{stem}_network.png", Picture(png_bytes(network), f"{title}; {lines}.")
+    yield f"{stem}_network.png", (png_bytes(network), f"{title}; {lines}.")
     for m, n in itertools.combinations(range(len(modalities)), 2):
         sides = _sides(features, m, n)
         # The image is the same for every index.
@@ -76,7 +69,7 @@ def _of_sample(
             figure = _map(findings, sample, index, values, (rows, columns), tokens, image)
             over = "" if image is None else f"; below: attributions over {modalities[columns]}"
             caption = f"{index} of the scored pairs of {modalities[rows]} and {modalities[columns]}"
-            yield f"{stem}_{rows}_{columns}.png", Picture(png_bytes(figure), f"{caption}{over}.")
+            yield f"{stem}_{rows}_{columns}.png", (png_bytes(figure), f"{caption}{over}.")
 
 
 def _map(

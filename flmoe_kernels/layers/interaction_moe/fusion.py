@@ -283,7 +283,6 @@ class ReferenceFusionTransformer(nn.Module):
         return (logits, latent) if return_latent else logits
 
     def _patches(self) -> int | None:
-        """Tokens per modality of the learned positions."""
         positions = self.pos_embed
         return None if positions is None else positions.shape[1] // self.num_modalities
 

@@ -231,7 +231,6 @@ class KernelLayer(nn.Module):
         return ""
 
     def _dense_encoders(self) -> Encoders | None:
-        """The encoders of all experts; None if they have routed MLPs."""
         if self._spec.sparse is not None:
             return None
         # A replica of DataParallel is a copy whose parts are its own, but not its attributes.

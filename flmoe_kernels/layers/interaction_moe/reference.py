@@ -213,7 +213,6 @@ class ReferenceInteractionMoE(nn.Module):
         return [fills] * len(self.interaction_experts)
 
     def _perturbed(self, call: Modalities) -> list[int]:
-        """The modalities that have a view in this call."""
         if not self.interaction_loss:
             return []
         present = [m for m, absent in enumerate(call.absent) if not absent]
@@ -234,7 +233,6 @@ class ReferenceInteractionMoE(nn.Module):
         return self.reweight(call.inputs, call.masks, *([self._normalized(call)] if own else []))
 
     def _view_losses(self, views: Tensor, exists: Tensor | None, backend: str) -> list[Tensor]:
-        """Losses of views (E, M + 1, B, *)."""
         if not self.interaction_loss:
             return separate(views.new_zeros(views.shape[0]))
         if self.regression:

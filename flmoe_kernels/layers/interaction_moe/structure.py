@@ -219,7 +219,6 @@ def fusion_spec(
 
 
 def _head(head: nn.Module, path: str, dim: int, num_modalities: int | None) -> tuple[int, int]:
-    """The numbers of modalities and classes of a linear head."""
     fc = plain_module(child_of(head, path, "fc", nn.Linear), f"{path}.fc", nn.Linear)
     # Sizes of the weight: in_features and out_features do not change when it is replaced.
     classes, width = (0, 0) if fc.weight is None else fc.weight.shape
@@ -291,7 +290,6 @@ def _encoder_layer(
 
 
 def _dense_mlp(mlp: nn.Module, path: str, dim: int) -> float:
-    """The dropout rate of a dense MLP."""
     parts, where = sequence_of(mlp, path, "network"), f"{path}.network"
     if len(parts) != 4:
         raise UnsupportedLayer(

@@ -326,7 +326,6 @@ class PairInteractionMoE(nn.Module):
     def _project(
         self, tokens: Sequence[Tensor], valid: Sequence[Tensor | None]
     ) -> list[ProjectedPair]:
-        """Project both sides of every modality pair; the anchor follows the tokens."""
         batch, experts = tokens[0].shape[0], len(self.kinds)
         sequences, masks = [], []
         # torch.compile cannot trace zip over a ParameterList before torch 2.12.
@@ -390,7 +389,6 @@ class PairInteractionMoE(nn.Module):
     def _token_outputs(
         self, tokens: Sequence[Tensor], pairs: Sequence[ProjectedPair]
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Tokens (B, L_m, dims[m]) plus the contributions of their pairs; mass."""
         added: list[list[Tensor]] = [[] for _ in tokens]
         masses = []
         for (m, n), pair, maps in zip(self.modality_pairs, pairs, self.token_maps, strict=True):
