@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
 from bench.suite import comparisons, options
+from flmoe_kernels.profile.environment import environment
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,3 +42,10 @@ def cpu_only(pytestconfig: pytest.Config) -> None:
     """Skip tests of limits that hold only for the CPU."""
     if options(pytestconfig)[0] != "cpu":
         pytest.skip("the limit holds only for the CPU")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
+    machine_info["flmoe_kernels"] = environment(options(config)[0])

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.suite import Comparison, compare, options
+from flmoe_gate.gate import Against
 from flmoe_kernels.profile.cases import BOTH, FORWARD, Case
-from flmoe_kernels.profile.gate import Against
 from flmoe_kernels.profile.shapes import LayerShape, PairShape, RoutedShape, Shape, by_name, is_cuda
 
 TF32, AUTOCAST = "reference, TF32", "compiled+sdpa, autocast"

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from flmoe_gate.machine import keep_freed_memory
 from flmoe_kernels.profile.cases import BOTH, FORWARD, Case
-from flmoe_kernels.profile.environment import keep_freed_memory
 from flmoe_kernels.profile.registry import default_ours, prepare
 from flmoe_kernels.profile.shapes import LayerShape, PairShape, RoutedShape, Shape
 

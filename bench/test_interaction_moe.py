@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.suite import SECONDS, Comparison, compare, options
+from flmoe_gate.gate import Against
+from flmoe_gate.timing import Call
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.regularizers import rep_barlow, rep_cka, rep_cos
 from flmoe_kernels.profile.cases import BOTH, FORWARD, Case
-from flmoe_kernels.profile.gate import Against
 from flmoe_kernels.profile.memory import memory_unavailable_reason, peak_bytes
 from flmoe_kernels.profile.operators import draws
 from flmoe_kernels.profile.operators import interaction_moe as operator
 from flmoe_kernels.profile.registry import default_ours, prepare
 from flmoe_kernels.profile.shapes import ENRICO, MMIMDB, MMIMDB_SHORT, is_cuda
-from flmoe_kernels.profile.timing import Call
 
 MM_SIDE = 2048  # of torch.mm's second matrix
 # Of the reference's peak memory.

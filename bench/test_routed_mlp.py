@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.suite import Comparison, compare
-from flmoe_kernels.profile.gate import Against
+from flmoe_gate.gate import Against
 
 
 def test_against_peers(benchmark_against: Against, comparison: Comparison, full: bool) -> None:

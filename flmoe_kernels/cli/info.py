@@ -29,8 +29,8 @@ def gather_info() -> dict[str, Any]:
     """Collect the values that `info` shows, JSON serializable."""
     import torch
 
+    from flmoe_gate.machine import cpu_model
     from flmoe_kernels.core.backend import backend_status, instruction_set, instruction_sets
-    from flmoe_kernels.profile.environment import cpu_model
 
     status = backend_status()
     native_runs = status["cpu"][0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
 import platform
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 
+from flmoe_gate import machine
+from flmoe_gate.machine import cpu_model
 from flmoe_kernels import __version__
 from flmoe_kernels.core.backend import instruction_set
 from flmoe_kernels.core.triton.tables import architecture_of
@@ -22,14 +23,6 @@ from .shapes import is_cuda
 
 # Environment variable with the commit, for machines that have the files but no git checkout.
 COMMIT_VARIABLE = "FLMOE_COMMIT"
-_CPUINFO = Path("/proc/cpuinfo")
-
-KEEPS_MEMORY, DEFAULT = "keeps what is freed", "default"
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
-_MOST = 2**31 - 1
-# Blocks of at least this size are mapped and unmapped by every call; glibc accepts no larger threshold.
-_MAPPED_FROM = 32 * 2**20
-_allocator = DEFAULT
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -39,7 +32,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
         "instruction_set": instruction_set(),
-        "allocator": _allocator,
+        "allocator": machine.allocator,
         "flmoe_kernels": __version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -55,22 +48,6 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 def device_name(device: str) -> str:
     """Name of the GPU or the processor."""
     return str(torch.cuda.get_device_name(device)) if is_cuda(device) else cpu_model()
-
-
-def cpu_model() -> str:
-    """Name of the processor as the system reports it; on Linux platform.processor() is often empty.
-
-    Names without a number, as in virtual machines, are ambiguous, so family and model are appended.
-    """
-    facts: dict[str, str] = {}
-    if _CPUINFO.is_file():
-        for line in _CPUINFO.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            facts.setdefault(key.strip(), value.strip())
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    if "cpu family" in facts and not any(letter.isdigit() for letter in name):
-        return f"{name} (family {facts['cpu family']}, model {facts.get('model', '?')})"
-    return name
 
 
 def commit() -> str:
@@ -132,17 +109,3 @@ def _output(*command: str) -> str:
     except subprocess.TimeoutExpired:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def keep_freed_memory() -> None:
-    """Keep freed blocks below 32 MiB in this process from now on; does nothing without glibc.
-
-    glibc returns the top of its heap to the system once enough of it is free, and the next call requests the same
-    pages again. Whether this happens depends on the placement of buffers: the same backward of a reference took 22
-    or 33 ms, for seconds at a time or for a whole process.
-    """
-    global _allocator
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # Setting either value switches off glibc's dynamic adjustment of both.
-    if mallopt and mallopt(_MMAP_THRESHOLD, _MAPPED_FROM) and mallopt(_TRIM_THRESHOLD, _MOST):
-        _allocator = KEEPS_MEMORY

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from flmoe_gate.timing import Call, clock_for, measure_blocks
+
 from .registry import words_of
 from .shapes import is_cuda
-from .timing import Call, clock_for, measure_blocks
 
 # Calls before a capture, which compile and choose algorithms.
 _WARM_UPS = 3

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flmoe_gate.timing import LEAST_BLOCKS, Clock, Spread, clock_for, measure_blocks
+
 from .cases import Case, dtype_name
 from .ceilings import Ceilings
 from .costs import cost
 from .memory import peak_bytes
 from .registry import Contestant, prepare, words_of
 from .stages import WARMUP, Breakdown, traced
-from .timing import LEAST_BLOCKS, Clock, Spread, clock_for, measure_blocks
 
 # Timing ends early once the interval of the median is this narrow.
 PRECISION = 0.01

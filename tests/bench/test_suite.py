@@ -15,9 +15,9 @@ import torch
 from bench import suite, table
 from bench.peers import find, peers
 from bench.peers.routed_mlp import unavailable_reason
+from flmoe_gate.floors import load_floors
 from flmoe_kernels.profile.cases import BACKWARD, BOTH, FORWARD, OPERATORS, Case, cases
 from flmoe_kernels.profile.check import WrongAnswer, agree
-from flmoe_kernels.profile.floors import load_floors
 from flmoe_kernels.profile.prepared import Prepared
 from flmoe_kernels.profile.registry import contestants, prepare
 from tests.support.profile_shapes import LAYER, PAIR, ROUTED, TINY

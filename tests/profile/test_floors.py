@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flmoe_kernels.profile.floors import (
+from flmoe_gate.floors import (
     Floor,
     FloorsError,
     Here,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from flmoe_gate import machine
 from flmoe_kernels.profile import ceilings, memory
-from flmoe_kernels.profile import environment as facts_of
 from flmoe_kernels.profile.cases import BACKWARD, BOTH, FORWARD, Case
 from flmoe_kernels.profile.ceilings import EXPONENTIALS, MATMUL, MEMORY, Ceilings
 from flmoe_kernels.profile.costs import Cost, cost
@@ -175,6 +175,11 @@ def test_environment_is_json_and_names_the_machine() -> None:
         assert facts[name], name
 
 
+def test_the_allocator_keeps_freed_memory() -> None:
+    machine.keep_freed_memory()
+    assert environment()["allocator"] == machine.KEEPS_MEMORY
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [
@@ -189,5 +194,5 @@ def test_a_processor_without_a_number_is_named_by_family_and_model(
     file = tmp_path / "cpuinfo"
     cores = [f"cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {name}\n\n" for _ in range(2)]
     file.write_text("".join(cores))
-    monkeypatch.setattr(facts_of, "_CPUINFO", file)
-    assert facts_of.cpu_model() == told
+    monkeypatch.setattr(machine, "_CPUINFO", file)
+    assert machine.cpu_model() == told

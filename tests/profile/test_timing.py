@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flmoe_kernels.profile import timing
-from flmoe_kernels.profile.floors import Floor
-from flmoe_kernels.profile.gate import Verdict, bound_of
-from flmoe_kernels.profile.timing import (
+from flmoe_gate import timing
+from flmoe_gate.floors import Floor
+from flmoe_gate.gate import Verdict, bound_of
+from flmoe_gate.timing import (
     LEAST_BLOCKS,
     clock_for,
     measure_blocks,

@@ -6,9 +6,9 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from flmoe_kernels.profile.floors import Floor
-from flmoe_kernels.profile.gate import measure_pair
-from flmoe_kernels.profile.timing import Call, Paired, Spread
+from flmoe_gate.floors import Floor
+from flmoe_gate.gate import measure_pair
+from flmoe_gate.timing import Call, Paired, Spread
 
 
 class NoisyMachine:

@@ -21,10 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from .shapes import is_cuda
-
 Call = Callable[[], Any]
 Clock = Callable[[Call], float]  # makes the call and returns its seconds
 
@@ -53,6 +49,8 @@ def wall_seconds(call: Call) -> float:
 
 def device_seconds(call: Call) -> float:
     """Time between two events on the current CUDA stream."""
+    import torch
+
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -64,10 +62,12 @@ def device_seconds(call: Call) -> float:
 
 def clock_for(device: str, threads: int = 0) -> tuple[str, Clock]:
     """Return name and clock for a comparison on a device; threads: of the calls, 0 if unknown."""
-    if not is_cuda(device):
+    if not device.startswith("cuda"):
         return ("processor", processor_seconds) if threads == 1 else ("wall", wall_seconds)
 
     def clock(call: Call) -> float:
+        import torch
+
         # Events belong to the current device, which may differ from the timed device.
         with torch.cuda.device(device):
             return device_seconds(call)

@@ -23,8 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flmoe_kernels.core.files import write_whole
-
 # Part of the standard library since Python 3.11.
 _toml: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
@@ -45,8 +43,8 @@ class Floor:
         precision: rounds continue until the relative interval of the median ratio is this narrow.
         rounds: minimum number of rounds.
         seconds: time limit.
-        threads: of torch and the kernels. A single thread is timed by processor time, which other processes on the
-            machine do not increase; several threads are timed by the wall clock.
+        threads: of torch, if it is loaded. A single thread is timed by processor time, which other processes do
+            not increase; several threads are timed by the wall clock.
     """
 
     case: str
@@ -71,7 +69,7 @@ def key_of(case: str, peer: str, device: str) -> str:
 
 @dataclass(frozen=True)
 class Here:
-    """Facts of this machine that select its table; device: name of the GPU, "" for the CPU."""
+    """Facts of this machine that select its table, "" where they do not apply; device: name of the GPU."""
 
     cpu: str
     isa: str
@@ -105,7 +103,7 @@ class Machine:
             cpu="" if gpu else here.cpu,
             isa="" if gpu else here.isa,
             device=here.device,
-            torch=".".join(here.torch.split(".")[:2]) + ".",
+            torch=".".join(here.torch.split(".")[:2]) + "." if here.torch else "",
             ratio=ratio,
         )
 
@@ -266,5 +264,8 @@ def update_file(path: Path, here: Here, ratio: Mapping[str, float]) -> str:
     kept_after = [table for table in tables[place:] if not own.match(table)]
     text = "\n" * last + machine.toml() + "\n" * bool(kept_after)
     text = "".join(tables[:place]) + text + "".join(kept_after)
-    write_whole(path, text)
+    whole = path.resolve()  # of a link, the file that it points to is replaced
+    part = whole.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(whole)
     return machine.name

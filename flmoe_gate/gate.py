@@ -1,11 +1,14 @@
 """Regression check of ratios to peers against the file of floors.
 
 A comparison fails if the whole interval of its median ratio is below expected * (1 - tolerance). A failure caused
-by one process usually disappears in a new one (`pytest --last-failed`); a regression fails again.
+by one process usually disappears in a new one (`pytest --last-failed`); a regression fails again. torch is not
+imported: it is used if the suite has loaded it.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,14 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-import torch
 
-from flmoe_kernels.core.backend import instruction_set
-from flmoe_kernels.core.files import unwritable_reason
-
-from .environment import cpu_model, device_name, environment, keep_freed_memory
-from .floors import Floor, Floors, FloorsError, Here, key_of, load_floors, update_file
-from .shapes import is_cuda
+from .floors import Floor, Floors, FloorsError, key_of, load_floors, update_file
+from .machine import here, keep_freed_memory, torch_threads
+from .machine import threads as default_threads
 from .timing import Blocks, Call, Paired, clock_for, measure_blocks
 
 # Calls that pytest-benchmark times for its own table.
@@ -91,9 +90,7 @@ def measure_pair(
         ratio = blocks.pair("ours", "peer").ratio
         return bound is None or not ratio.low <= bound <= ratio.high
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(floor.threads)
-    try:
+    with torch_threads(floor.threads):
         return measure_blocks(
             prepare,
             clock or clock_for(device, floor.threads),
@@ -103,8 +100,6 @@ def measure_pair(
             decided=decided,
             now=now,
         ).pair("ours", "peer")
-    finally:
-        torch.set_num_threads(before)
 
 
 class Gate:
@@ -117,26 +112,20 @@ class Gate:
         self.path = Path(path) if path else None
         self.floors = load_floors(self.path) if self.path else Floors(())
         self.update = bool(config.getoption("--gate-update"))
-        if self.update and self.path and (reason := unwritable_reason(self.path)):
-            raise FloorsError(f"{self.path}: {reason}")
-        self.device = "cpu"
+        if self.update and self.path and not os.access(self.path.resolve().parent, os.W_OK):
+            raise FloorsError(f"{self.path}: cannot be written: the folder is not writable")
         self.lines: list[str] = []
         self.updates: dict[str, dict[str, float]] = {}
         self.measured: set[str] = set()
         self.unknown: set[str] = set()
 
-    def here(self, device: str) -> Here:
-        gpu = device_name(device) if is_cuda(device) else ""
-        return Here(cpu_model(), instruction_set(), gpu, torch.__version__)
-
     def expected(self, floor: Floor, device: str) -> tuple[float, str]:
-        here = self.here(device)
-        if self.floors.machine(here) is None:
-            self.unknown.add(f"{here.device or here.cpu}, {here.isa}, torch {here.torch}")
-        return self.floors.expected(floor, here)
-
-    def environment(self) -> dict[str, Any]:
-        return environment(self.device)
+        machine = here(device)
+        if self.floors.machine(machine) is None:
+            torch = machine.torch and f"torch {machine.torch}"
+            words = (machine.device or machine.cpu, machine.isa, torch)
+            self.unknown.add(", ".join(filter(None, words)))
+        return self.floors.expected(floor, machine)
 
     def finish(self, terminal: Any) -> None:
         """Write an update; print the measured ratios and the floors that were not checked."""
@@ -153,7 +142,7 @@ class Gate:
             )
         for device, ratio in self.updates.items():
             assert self.path is not None
-            name = update_file(self.path, self.here(device), ratio)
+            name = update_file(self.path, here(device), ratio)
             terminal.write_line(f"{self.path}: wrote this machine's ratios to [machine.{name}]")
         if missing:
             terminal.write_line(f"{self.path}: not measured in this run: {', '.join(missing)}")
@@ -187,7 +176,7 @@ class Against:
             ours, peer: callables without arguments; with `fresh`, they make the inputs and return the callable
                 to time, and are called for every block of rounds.
             name: of the case; default: the test's name.
-            device: "cpu", "cuda" or "cuda:N", for the clock; a GPU is timed by events.
+            device: "cpu", "cuda" or "cuda:N", for the clock; a GPU is timed by torch's events.
             seconds, precision, threads: used without a floor, see `floors.Floor`; default of threads: torch's.
             facts: returns additional facts about a measurement for the result file.
 
@@ -195,8 +184,7 @@ class Against:
             The measurement; its `ratio` is seconds of the peer over seconds of ours.
         """
         gate, name = self.gate, name or self.request.node.name
-        gate.device = device
-        kind = "cuda" if is_cuda(device) else "cpu"
+        kind = device.split(":")[0]
         key = key_of(name, peer_name, kind)
         floor = gate.floors.find(key)
         plan = floor or Floor(
@@ -204,7 +192,7 @@ class Against:
             precision=precision,
             rounds=6,
             seconds=seconds,
-            threads=threads or torch.get_num_threads(),
+            threads=threads or default_threads(),
         )
 
         def prepare() -> dict[str, Call]:
@@ -231,8 +219,7 @@ class Against:
 
     def skip(self, name: str, peer_name: str, device: str, reason: str) -> NoReturn:
         """Skip a comparison that cannot be measured here; fail if --gate has a floor for it."""
-        kind = "cuda" if is_cuda(device) else "cpu"
-        key = key_of(name, peer_name, kind)
+        key = key_of(name, peer_name, device.split(":")[0])
         if self.gate.floors.find(key) is not None:
             pytest.fail(f"{key} has a floor but cannot be measured: {reason}", pytrace=False)
         pytest.skip(reason)
@@ -248,14 +235,10 @@ class Against:
         def waited() -> None:
             call()
             if plan.device == "cuda":
-                torch.cuda.synchronize()
+                sys.modules["torch"].cuda.synchronize()
 
-        before = torch.get_num_threads()
-        torch.set_num_threads(plan.threads)
-        try:
+        with torch_threads(plan.threads):
             self.benchmark.pedantic(waited, rounds=TABLE_ROUNDS, iterations=1, warmup_rounds=1)
-        finally:
-            torch.set_num_threads(before)
         self.benchmark.extra_info.update(
             case=plan.case,
             peer=plan.peer,

@@ -1,17 +1,16 @@
 """Pytest plugin: benchmarks against a peer in the same run, checked against a file of floors.
 
-pytest loads it in every run of an environment that has flmoe_kernels. It is not inside the package, because
-importing the package imports torch. The package is imported only if the option or the fixture is used.
+pytest loads it in every run of an environment that has flmoe_kernels. It needs pytest-benchmark alone: it imports
+neither flmoe_kernels nor torch.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-if TYPE_CHECKING:
-    from flmoe_kernels.profile.gate import Against, Gate
+from .gate import Against, Gate
 
 _GATE = "_flmoe_gate"
 
@@ -42,10 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def _gate(config: pytest.Config) -> Gate:
     if not hasattr(config, _GATE):
         try:
-            from flmoe_kernels.profile.gate import Gate
-
             setattr(config, _GATE, Gate(config))
-        except ValueError as error:  # FloorsError, or an environment variable
+        except ValueError as error:  # FloorsError
             raise pytest.UsageError(f"--gate: {error}") from error
     gate: Gate = getattr(config, _GATE)
     return gate
@@ -56,20 +53,19 @@ def benchmark_against(request: pytest.FixtureRequest, benchmark: Any) -> Against
     """Time a callable and its peer in turn: `benchmark_against(ours, peer, name=..., peer_name=...)`.
 
     The ratio and its interval are stored in `extra_info` of the benchmark; with --gate, a ratio below its floor
-    fails the test. See `flmoe_kernels.profile.gate.Against`.
+    fails the test. See `flmoe_gate.gate.Against`.
     """
-    from flmoe_kernels.profile.gate import Against
-
     return Against(_gate(request.config), request, benchmark)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_machine_info(
-    config: pytest.Config, machine_info: dict[str, Any]
-) -> None:
-    gate: Gate | None = getattr(config, _GATE, None)
-    if gate is not None:
-        machine_info["flmoe_kernels"] = gate.environment()
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """With --gate, a run fails if it selects comparisons and measures none."""
+    gate: Gate | None = getattr(session.config, _GATE, None)
+    passed = exitstatus == pytest.ExitCode.OK and not session.config.option.collectonly
+    selected = any("benchmark_against" in getattr(x, "fixturenames", ()) for x in session.items)
+    if gate is not None and gate.path and passed and selected and not gate.measured:
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+        gate.lines.append(f"{gate.path}: nothing was measured, so the check fails")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
