@@ -80,7 +80,16 @@ def profile(
             help="Seconds of timing per implementation. Slow calls take longer; they are timed less often."
         ),
     ] = 5.0,
-    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace to this file.")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write a trace to this file, for https://ui.perfetto.dev."),
+    ] = None,
+    roofline: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a page with the roofline of this machine to this file; *.svg or *.png: a picture."
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all results to this JSON file.")
     ] = None,
@@ -98,7 +107,7 @@ def profile(
 
     if (op is None) == (checkpoint is None):
         fail("expected either --op or --checkpoint, got " + ("both" if op else "neither"))
-    files = Files(trace=trace, json=json_file)
+    files = Files(trace=trace, json=json_file, roofline=roofline)
     try:
         files.require_writable()
         if not seconds > 0:

@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .ceilings import Ceilings
 from .profiles import Profile
-from .stages import Breakdown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-SCHEMA = "flmoe_kernels.profile/3"
+SCHEMA = "flmoe_kernels.profile/4"
 
 
 def as_json(environment: Mapping[str, Any], profiles: Sequence[Profile] = (), **more: Any) -> str:
@@ -34,16 +34,17 @@ def tables(profiles: Sequence[Profile]) -> Iterator[RenderableType]:
         group = [profile for profile in profiles if profile.case.name == what]
         # Printed as text, because a title of the table would be wrapped to the table's width.
         yield Text(what, style="bold")
-        columns = [list(_measures(profile.as_dict())) for profile in group]
+        facts = [profile.as_dict() for profile in group]
+        columns = [list(_measures(each)) for each in facts]
         heads = [f"{p.contestant.name}\n{p.contestant.kind}, {p.contestant.version}" for p in group]
         rows = [
             (cells[0][0], *(value for _, value in cells)) for cells in zip(*columns, strict=True)
         ]
+        rows = [row for row in rows if set(row[1:]) != {"-"}]
         yield _table(("", *heads), rows)
-        for profile in group:
-            name = profile.contestant.name
-            yield Text(f"stages of a profiled call of {name}", style="bold")
-            yield _stage_table(profile.breakdown, profile.spread.median)
+        for each in facts:
+            yield Text(f"stages of a profiled call of {each['contestant']}", style="bold")
+            yield _table(STAGE_HEADS, list(stage_rows(each)), right=1)
         for profile in group:
             yield from (Text(f"{profile.contestant.name}: {note}") for note in profile.notes)
 
@@ -74,13 +75,6 @@ def _measures(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "slower than the first",
         "-" if ratio is None else "{median:.2f}x ({low:.2f} - {high:.2f})".format(**ratio),
     )
-    for name, key, ceiling, unit in (
-        ("rate", "flops_per_second", "matmul", "FLOP/s"),
-        ("traffic", "bytes_per_second", "copy", "B/s"),
-    ):
-        value, limit = facts[key], facts[ceiling]
-        yield name, f"{rate_text(value)}{unit}"
-        yield f"  of {ceiling}", f"{value / limit:.1%} of {rate_text(limit)}{unit}"
     yield "share of the limit", f"{facts['share_of_limit']:.1%} ({facts['limit']})"
     peak = facts["peak_bytes"]
     yield "peak memory", "-" if peak is None else f"{peak / 2**20:.1f} MiB"
@@ -88,14 +82,34 @@ def _measures(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "host waits", _number(counts["waits"])
 
 
-def _stage_table(breakdown: Breakdown, median: float) -> RenderableType:
-    rows = [
-        (row.name, _time(row.seconds), f"{row.share:.1%}", _number(row.calls or None))
-        for row in breakdown.stages
-    ]
-    slower = breakdown.whole / median
-    rows.append((f"whole, {slower:.2f}x the median", _time(breakdown.whole), "100.0%", "1"))
-    return _table(("stage", "time", "share", "calls"), rows, right=1)
+STAGE_HEADS = ("stage", "time", "share", "calls", "achieved", "of attainable", "bound by")
+
+
+def stage_rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield the cells of a profile's stages, then those of the whole call."""
+    for stage in facts["breakdown"]["stages"]:
+        yield _stage_row(stage, _number(stage["calls"] or None))
+    whole, median = facts["breakdown"]["whole"], facts["spread"]["median"]
+    share = facts["least"] / whole
+    total = {**facts, "name": f"whole, {whole / median:.2f}x the median", "seconds": whole}
+    yield _stage_row({**total, "share": 1.0, "share_of_limit": share}, "1")
+
+
+def _stage_row(stage: Mapping[str, Any], calls: str) -> tuple[str, ...]:
+    seconds, bound = stage["seconds"], stage["bound"]
+    cells = (stage["name"], _time(seconds), f"{stage['share']:.1%}", calls)
+    if not stage["bytes"]:
+        return (*cells, "-", "-", bound)
+    key, unit = ("bytes", "B/s") if bound == "memory" or not stage["flop"] else ("flop", "FLOP/s")
+    rate = rate_text(stage[key] / seconds) + unit
+    return (*cells, rate, f"{stage['share_of_limit']:.0%}", bound)
+
+
+def attainable_text(ceilings: Ceilings) -> str:
+    """A line that says what the rates are compared with."""
+    rates = [f"{rate_text(x)}FLOP/s in {dtype}" for dtype, x in ceilings.flops.items()]
+    copy = f"{rate_text(ceilings.bytes_per_second)}B/s"
+    return f"attainable, measured now on this machine: torch.mm {', '.join(rates)}; copy {copy}"
 
 
 def _number(value: float | None) -> str:

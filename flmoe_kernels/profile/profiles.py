@@ -12,17 +12,20 @@ from typing import Any
 from flmoe_gate.timing import LEAST_BLOCKS, Clock, Spread, clock_for, measure_blocks
 
 from .cases import Case, dtype_name
-from .ceilings import Ceilings
-from .costs import cost
+from .ceilings import MATMUL, MEMORY, Ceilings
+from .costs import Cost, cost
 from .memory import peak_bytes
 from .registry import Contestant, prepare, words_of
-from .stages import WARMUP, Breakdown, traced
+from .stages import WARMUP, Breakdown, Stage, traced
 
 # Timing ends early once the interval of the median is this narrow.
 PRECISION = 0.01
 # Time limit of timing: LEAST_LIMIT seconds, or LIMIT_FACTOR * `seconds` if that is more.
 LEAST_LIMIT, LIMIT_FACTOR = 120.0, 24.0
 TRACED_CALLS = 3
+# What bounds a stage by the limit that determines its least time; HOST: it moves no data of a tensor.
+BOUNDS, HOST = {MATMUL: "compute", MEMORY: "memory"}, "host"
+HOST_BOUND = 0.2  # a call with a larger share of such stages is bound by the host
 SLOW = 1.0  # calls that take longer are traced once
 Tell = Callable[[str], None]
 
@@ -52,10 +55,13 @@ class Profile:
 
         matmul, copy: FLOP/s of a large matrix product in this dtype, bytes/s of a large copy. least: minimum
         seconds according to the ceilings; limit: name of the limiting ceiling; share_of_limit: 1 at the limit, 0.1
-        for a call that takes ten times as long.
+        for a call that takes ten times as long. bound: compute, memory, exponentials or host; the stages have the
+        same entries.
         """
         case, work, seconds = self.case, cost(self.case), self.spread.median
         least, limit = self.ceilings.roofline_seconds(work, case.dtype)
+        stages = [self._rated(stage) for stage in self.breakdown.stages]
+        waiting = sum(stage["share"] for stage in stages if stage["bound"] == HOST)
         return {
             "what": case.name,
             "contestant": self.contestant.name,
@@ -74,9 +80,19 @@ class Profile:
             "least": least,
             "limit": limit,
             "share_of_limit": least / seconds,
+            "bound": HOST if waiting > HOST_BOUND else BOUNDS.get(limit, limit),
             "peak_bytes": self.peak_bytes,
-            "breakdown": dataclasses.asdict(self.breakdown),
+            "breakdown": dataclasses.asdict(self.breakdown) | {"stages": stages},
             "notes": list(self.notes),
+        }
+
+    def _rated(self, stage: Stage) -> dict[str, Any]:
+        work = Cost(round(stage.flop), round(stage.bytes))
+        least, limit = self.ceilings.roofline_seconds(work, self.case.dtype)
+        return {
+            **dataclasses.asdict(stage),
+            "share_of_limit": least / stage.seconds,
+            "bound": BOUNDS[limit] if work != Cost(0, 0) else HOST,
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from .environment import environment
 from .profiles import Profile, Tell, profile_case
 from .registry import Contestant, prepare, words_of
 from .request import EVERY, Request
+from .roofline import write_roofline
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,6 +34,7 @@ class Files:
 
     trace: Path | None = None
     json: Path | None = None
+    roofline: Path | None = None
 
     def require_writable(self) -> None:
         """Check the paths. Raises BadRequest: a file cannot be written."""
@@ -48,7 +51,10 @@ def run(
     Raises:
         BadRequest: a request cannot be run.
         WrongAnswer: results of a contestant are wrong.
+        ModuleNotFoundError: a roofline is requested and matplotlib is not installed.
     """
+    if files.roofline is not None:
+        importlib.import_module("matplotlib")  # before minutes of timing
     cases = [request.case() for request in requests]
     chosen = [request.contestants(case) for request, case in zip(requests, cases, strict=True)]
     device = cases[0].device
@@ -71,13 +77,16 @@ def run(
             )
         # At once, because the next case may take a while.
         if not profiles:
-            _print(_heading(facts))
+            heading = [_heading(facts), output.attainable_text(ceilings)]
+            _print("\n".join(heading))
         for table in output.tables(found):
             _print(table)
         profiles += found
     if files.json is not None:
         text = output.as_json(facts, profiles, ceilings=ceilings.as_dict())
         write_whole(files.json, text)
+    if files.roofline is not None:
+        write_roofline(files.roofline, heading, profiles)
 
 
 def _checked(case: Case, chosen: list[Contestant], every: bool, tell: Tell) -> list[Contestant]:

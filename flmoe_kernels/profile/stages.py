@@ -4,6 +4,7 @@ A stage is an operator of this package, forward or backward, including everythin
 torch's: its largest operators by name, "other (torch)" for its other operators, and "Python and autograd" for time
 outside operators. The whole is the call's duration. On a CPU it is split by the events' own times. On a GPU it is
 split into the kernels' times, by the operator that launched them, and the time in which the device was idle.
+The work of a stage is counted in another call, see `work`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from flmoe_kernels.core.files import write_whole
 
 from .shapes import is_cuda
+from .work import MARK, Counting
 
 CALL = "flmoe_kernels.profile: call"
 
@@ -45,12 +47,14 @@ _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchroniz
 
 @dataclass(frozen=True)
 class Stage:
-    """A row: seconds per call, share of the whole, and how often the stage was entered."""
+    """A row, all per call: seconds, share of the whole, how often the stage was entered, FLOP and bytes."""
 
     name: str
     seconds: float
     share: float
     calls: float
+    flop: float = 0.0
+    bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,10 @@ def traced(
             profiler.export_chrome_trace(str(part))
             with part.open("rb") as content:
                 write_whole(trace, partial(shutil.copyfileobj, content))
-    return breakdown(profiler.events(), device)
+    count = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+    with count as counted, Counting(), record_function(CALL):
+        call()
+    return breakdown(profiler.events(), device, counted.events())
 
 
 def _wait(device: str) -> None:
@@ -114,74 +121,88 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def breakdown(events: Sequence[Any], device: str) -> Breakdown:
+def breakdown(events: Sequence[Any], device: str, counted: Sequence[Any] = ()) -> Breakdown:
     """Compute the breakdown from events of torch.profiler. A range named CALL surrounds each call; on a GPU it
     includes a device synchronization at its end.
+
+    Args:
+        counted: events of one more call, with the marks of `work.Counting`.
 
     Raises:
         ValueError: no range is named CALL.
     """
     on_gpu = is_cuda(device)
-    events = [event for event in events if str(event.device_type).endswith("CPU")]
-    calls = [event for event in events if event.name == CALL]
-    if not calls:
-        raise ValueError(f"events: expected a range named {CALL!r}, got none")
-    spans = [(event.time_range.start, event.time_range.end) for event in calls]
-    whole = float(sum(end - start for start, end in spans))
-    # On a GPU the backward runs in another thread, so its events have no parent among the calls.
-    within = [
-        event
-        for event in events
-        if any(start <= event.time_range.start < end for start, end in spans)
-    ]
-    roots = [event for event in within if event.cpu_parent is None] if on_gpu else calls
-    micros, entered = _collected(roots, on_gpu)
+    calls, within = _calls(events)
+    whole = float(sum(call.time_range.elapsed_us() for call in calls))
+    micros: defaultdict[str, float] = defaultdict(float)
+    entered: Counter[str] = Counter()
+    for event, stage, enters in _staged(calls, within, on_gpu):
+        entered[stage] += enters
+        if on_gpu:
+            # Ranges of this package also appear on the device's time line, under the same name.
+            micros[stage] += sum(k.duration for k in event.kernels if k.name != event.name)
+        else:
+            micros[stage] += event.self_cpu_time_total
     if on_gpu:
         # While host and device work at the same time, only the device's time counts.
         micros[IDLE] = max(0.0, whole - sum(micros.values()))
-    rows: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    work: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+    if counted:
+        for event, stage, _ in _staged(*_calls(counted), on_gpu):
+            if event.name.startswith(MARK):
+                flop, size = map(int, event.name.removeprefix(MARK).split())
+                work[stage] = [work[stage][0] + flop, work[stage][1] + size]
+    count, whole = len(calls), max(whole, sum(micros.values()))
+    rows: defaultdict[str, list[float]] = defaultdict(lambda: [0.0] * 4)
     for stage, spent in micros.items():
         small = stage.startswith(TORCH) and spent < NAMED_SHARE * whole
-        row = rows[OTHER if small else stage]
-        row[0] += spent
-        row[1] += entered[stage]
-    count, whole = len(calls), max(whole, sum(spent for spent, _ in rows.values()))
-    stages = [
-        Stage(name, spent * 1e-6 / count, spent / whole, times / count)
-        for name, (spent, times) in rows.items()
-        if spent
-    ]
+        values = (spent * 1e-6 / count, entered[stage] / count, *work[stage])
+        name = OTHER if small else stage
+        rows[name] = [sum(pair) for pair in zip(rows[name], values, strict=True)]
+    whole *= 1e-6 / count
+    stages = [Stage(name, x[0], x[0] / whole, *x[1:]) for name, x in rows.items() if x[0]]
     launches = sum(event.name.startswith(_LAUNCHES) for event in within)
     waits = (
         sum(event.name in _WAITS for event in within) - count
     )  # without those at the calls' ends
     return Breakdown(
-        whole=whole * 1e-6 / count,
+        whole=whole,
         stages=tuple(sorted(stages, key=lambda row: -row.seconds)),
         launches=launches / count if on_gpu else None,
         waits=waits / count if on_gpu else None,
     )
 
 
-def _collected(roots: Sequence[Any], on_gpu: bool) -> tuple[dict[str, float], Counter[str]]:
-    """Microseconds and number of entries by stage, from the trees of events."""
-    micros: defaultdict[str, float] = defaultdict(float)
-    entered: Counter[str] = Counter()
+def _calls(events: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The ranges named CALL, and all events of the host that begin within one."""
+    events = [event for event in events if str(event.device_type).endswith("CPU")]
+    calls = [event for event in events if event.name == CALL]
+    if not calls:
+        raise ValueError(f"events: expected a range named {CALL!r}, got none")
+    spans = [(event.time_range.start, event.time_range.end) for event in calls]
+    within = [
+        event
+        for event in events
+        if any(start <= event.time_range.start < end for start, end in spans)
+    ]
+    return calls, within
+
+
+def _staged(
+    calls: Sequence[Any], within: Sequence[Any], on_gpu: bool
+) -> Iterator[tuple[Any, str, bool]]:
+    """Every event of the calls with its stage, and whether it enters the stage."""
+    # On a GPU the backward runs in another thread, so its events have no parent among the calls.
+    roots = [event for event in within if event.cpu_parent is None] if on_gpu else calls
     # Not recursive, because a trace may be deeper than Python's stack.
     todo = [(root, PYTHON) for root in roots]
     while todo:
         event, stage = todo.pop()
         own = _stage_of(event) if _divisible(stage, event) else ""
-        if own and own != stage:
-            stage = own
-            entered[stage] += 1
-        if on_gpu:
-            # Ranges of this package also appear on the device's time line, under the same name.
-            micros[stage] += sum(k.duration for k in event.kernels if k.name != event.name)
-        else:
-            micros[stage] += event.self_cpu_time_total
+        enters = bool(own) and own != stage
+        stage = own if enters else stage
+        yield event, stage, enters
         todo.extend((child, stage) for child in event.cpu_children)
-    return micros, entered
 
 
 def _divisible(stage: str, event: Any) -> bool:

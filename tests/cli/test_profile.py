@@ -59,7 +59,7 @@ def run(*arguments: str, code: int = 0) -> Result:
 
 
 def test_every_output_can_be_read_back_and_agrees(tmp_path: Path) -> None:
-    names = {"trace": "t.json", "json": "out.json"}
+    names = {"trace": "t.json", "json": "out.json", "roofline": "page.html"}
     written = {name: tmp_path / file for name, file in names.items()}
     options = itertools.chain(*((f"--{name}", str(path)) for name, path in written.items()))
     backends = ("--backend", "cpu", "--backend", "reference")
@@ -67,7 +67,7 @@ def test_every_output_can_be_read_back_and_agrees(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names.values())
 
     held = json.loads(written["json"].read_text())
-    assert held["schema"] == "flmoe_kernels.profile/3"
+    assert held["schema"] == "flmoe_kernels.profile/4"
     assert held["environment"]["torch"] == torch.__version__
     assert set(held["ceilings"]["flops"]) == {"float32"}
     ours, peer = held["profiles"]
@@ -87,6 +87,11 @@ def test_every_output_can_be_read_back_and_agrees(tmp_path: Path) -> None:
         breakdown = found["breakdown"]
         total = sum(stage["seconds"] for stage in breakdown["stages"])
         assert total == pytest.approx(breakdown["whole"])
+        for stage in breakdown["stages"]:
+            limits = stage["flop"] / found["matmul"], stage["bytes"] / found["copy"]
+            assert stage["share_of_limit"] == pytest.approx(max(limits) / stage["seconds"])
+            bound = "compute" if limits[0] > limits[1] else "memory" if limits[1] else "host"
+            assert stage["bound"] == bound
         assert found["peak_bytes"] is None
     assert (ours["contestant"], ours["kind"], ours["ratio"]) == ("cpu", "ours", None)
     assert (peer["contestant"], peer["kind"]) == ("reference", "peer")
@@ -98,8 +103,22 @@ def test_every_output_can_be_read_back_and_agrees(tmp_path: Path) -> None:
     trace = json.loads(written["trace"].read_text())
     assert any(event.get("name") == "flmoe::pair_moe_backward" for event in trace["traceEvents"])
 
-    for words in (case.name, "of matmul", "of copy", "flmoe::pair_moe_backward", "other (torch)"):
+    page = written["roofline"].read_text()
+    operators = [
+        stage["name"]
+        for found in (ours, peer)
+        for stage in found["breakdown"]["stages"]
+        if stage["bytes"] and stage["name"].startswith(("flmoe::", "aten::"))
+    ]
+    assert operators
+    assert page.count('id="point-') == len(operators)
+    assert not re.search(r'(?:src|href)="(?!#)', page), "the page needs a network"
+    for words in (
+        *(case.name, "flmoe::pair_moe_backward", "other (torch)"),
+        *("of attainable", "attainable, measured now on this machine: torch.mm "),
+    ):
         assert words in result.stdout
+        assert words in page
     share = f"{ours['share_of_limit']:.1%} ({ours['limit']})"
     assert share in result.stdout
 

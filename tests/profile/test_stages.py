@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from flmoe_kernels.profile.cases import cases
 from flmoe_kernels.profile.registry import prepare
@@ -37,7 +38,9 @@ def call_of(operator: str, shape: Any, contestant: str, phase: str = "forward+ba
 
 @pytest.mark.parametrize("phase", ["forward", "backward", "forward+backward"])
 @pytest.mark.parametrize("contestant", ["cpu", "reference"])
-def test_stages_sum_to_the_whole(contestant: str, phase: str, tmp_path: Path) -> None:
+def test_stages_sum_to_the_whole(
+    contestant: str, phase: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     trace = tmp_path / "trace of a call.json"
     found = traced(call_of("pair_moe", PAIR, contestant, phase), "cpu", calls=2, trace=trace)
     assert sum(stage.seconds for stage in found.stages) == pytest.approx(found.whole, rel=1e-9)
@@ -58,10 +61,25 @@ def test_stages_sum_to_the_whole(contestant: str, phase: str, tmp_path: Path) ->
     names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
     assert names.count(CALL) >= 2
     assert ours <= set(names)
+    assert capfd.readouterr() == ("", ""), "the profiler's library prints nothing"
+    for name in ours:
+        assert rows[name].flop > 0
+        assert rows[name].bytes > 0
 
 
 def test_layer_has_a_row_for_every_operator_and_width() -> None:
-    rows = named(traced(call_of("interaction_moe", LAYER, "cpu"), "cpu", calls=2))
+    call = call_of("interaction_moe", LAYER, "cpu")
+    rows = named(traced(call, "cpu", calls=2))
+    with FlopCounterMode(display=False) as counter:
+        call()
+    # Steps of the operator of all layers are counted one by one, torch's counter counts the operator.
+    assert sum(row.flop for row in rows.values()) == counter.get_total_flops()
+    assert rows["flmoe::encoder_layers"].flop == 0
+    rows_of_views = LAYER.fusion_models * LAYER.views * sum(LAYER.valid_tokens)
+    mlp = rows["flmoe::expert_mlp"]
+    assert mlp.flop == LAYER.layers * 8 * LAYER.dim**2 * rows_of_views
+    # Rows in and out, and the hidden rows that the backward reads; then the weights.
+    assert mlp.bytes > LAYER.layers * 4 * rows_of_views * 4 * LAYER.dim
     width, layers = LAYER.dim, LAYER.layers
     # q, k, v; the projection; forward and backward.
     for into, out in ((1, 3), (1, 1)):
@@ -89,7 +107,8 @@ class Event:
 
     @property
     def time_range(self) -> Any:
-        return SimpleNamespace(start=self.start, end=self.end)
+        elapsed = self.end - self.start
+        return SimpleNamespace(start=self.start, end=self.end, elapsed_us=lambda: elapsed)
 
     @property
     def device_type(self) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flmoe_kernels.core import flops
 from flmoe_kernels.core.backend import CPU, TRITON
 from flmoe_kernels.core.dtypes import statistics_dtype
 from flmoe_kernels.core.flops import values_of
@@ -19,6 +20,7 @@ from flmoe_kernels.core.registration import (
     first_order_only,
     loop_over_gradients,
 )
+from flmoe_kernels.ops.expert_attention.op import product_flops
 
 from .inference import FIRST_BIAS, LAYER_TENSORS
 from .layers import (
@@ -37,25 +39,26 @@ _PLAN = "Tensor? modality, Tensor? index, Tensor cu_samples, Tensor cu_segments,
 _OPTIONS = "float[] rates, SymInt heads, SymInt views, float eps, bool self_residual"
 
 
-# Range of torch's profiler for each function of a backend, and the place of the weight whose widths it names.
-_RANGES: dict[str, tuple[str, int | None]] = {
-    "linear": ("expert_linear", 1),
-    "norm": ("dropout_add_norm", None),
-    "mlp": ("expert_mlp", None),
-    "pool": ("dropout_add_pool", None),
-    "views_of": ("expand_views", None),
-    "forward": ("expert_attention", None),
-    "norm_linear": ("norm_linear", 3),
-    "add_linear": ("add_linear", 2),
-    "norm_mlp": ("norm_mlp", None),
-    "linear_backward": ("expert_linear_backward", 2),
-    "norm_backward": ("dropout_add_norm_backward", None),
-    "mlp_backward": ("expert_mlp_backward", None),
-    "pool_backward": ("dropout_add_pool_backward", None),
-    "views_backward": ("expand_views_backward", None),
-    "backward": ("expert_attention_backward", None),
-    "norm_linear_backward": ("norm_linear_backward", 4),
-    "norm_mlp_backward": ("norm_mlp_backward", None),
+# Range of torch's profiler for each function of a backend, and the places of the weights among the flat arguments.
+# The range of a function with one weight names its widths.
+_RANGES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "linear": ("expert_linear", (1,)),
+    "norm": ("dropout_add_norm", ()),
+    "mlp": ("expert_mlp", (1, 3)),
+    "pool": ("dropout_add_pool", ()),
+    "views_of": ("expand_views", ()),
+    "forward": ("expert_attention", ()),
+    "norm_linear": ("norm_linear", (3,)),
+    "add_linear": ("add_linear", (2,)),
+    "norm_mlp": ("norm_mlp", (3, 5)),
+    "linear_backward": ("expert_linear_backward", (2,)),
+    "norm_backward": ("dropout_add_norm_backward", ()),
+    "mlp_backward": ("expert_mlp_backward", (3, 4)),
+    "pool_backward": ("dropout_add_pool_backward", ()),
+    "views_backward": ("expand_views_backward", ()),
+    "backward": ("expert_attention_backward", ()),
+    "norm_linear_backward": ("norm_linear_backward", (7,)),
+    "norm_mlp_backward": ("norm_mlp_backward", (8, 9)),
 }
 
 
@@ -69,16 +72,38 @@ class _Recorded:
         function = getattr(self._module, name)
         if name not in _RANGES:
             return function
+        operator, places = _RANGES[name]
 
         def run(*args: Any, **options: Any) -> Any:
-            label, place = _RANGES[name]
-            label = f"flmoe::{label}"
-            if place is not None:
-                label += f" {args[place].shape[2]} to {args[place].shape[1]}"
+            label, values = f"flmoe::{operator}", [*_flat(args)]
+            weights = [values[place] for place in places]
+            if len(weights) == 1:
+                label += f" {weights[0].shape[2]} to {weights[0].shape[1]}"
             with self._ranges(label):
-                return function(*args, **options)
+                results = function(*args, **options)
+                if flops.observer is not None:
+                    flops.observer(_step_flops(name, values, weights), [*values, *_flat([results])])
+            return results
 
         return run
+
+
+def _flat(values: Sequence[Any]) -> Iterator[Any]:
+    for value in values:
+        yield from value if isinstance(value, (tuple, list)) else (value,)
+
+
+def _step_flops(name: str, values: Sequence[Any], weights: Sequence[Tensor]) -> int:
+    """FLOP of a step; of a backward those of all gradients."""
+    match name:
+        case "forward":
+            return 2 * product_flops(values[0].shape, values[3])
+        case "backward":  # after the three gradients and that of the output
+            return 5 * product_flops(values[4].shape, values[9])
+    if not weights:
+        return 0
+    rows = next(x.shape[1] for x in values if isinstance(x, Tensor) and x.ndim == 3)
+    return 2 * (1 + name.endswith("backward")) * rows * sum(x.numel() for x in weights)
 
 
 def _kernels(backend: str) -> Kernels:
@@ -112,8 +137,8 @@ def _run(
     inputs: Sequence[Tensor | None],
     *options: Any,
 ) -> list[Tensor]:
-    """compute(*inputs), on Triton from a plan of its launches."""
-    if backend != TRITON:
+    """compute(*inputs), on Triton from a plan of its launches, which has no steps to observe."""
+    if backend != TRITON or flops.observer is not None:
         return compute(*inputs)
     from flmoe_kernels.core.triton.plans import repeated
 

@@ -93,7 +93,7 @@ def _packed_autograd(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None
     return (op(grad_out, qkv, *saved, *ctx.options), *(None,) * 5)
 
 
-def _product_flops(shape: Sequence[int], cu_seqlens: Tensor) -> int:
+def product_flops(shape: Sequence[int], cu_seqlens: Tensor) -> int:
     """FLOP of one product of L x L scores with L rows, in all runs and heads, for q of this shape.
 
     If the lengths are unknown, all runs have the same length, as those of the layer have without masks.
@@ -107,14 +107,14 @@ def _product_flops(shape: Sequence[int], cu_seqlens: Tensor) -> int:
 
 
 def _flops(q: Tensor, _k: Tensor, _v: Tensor, cu_seqlens: Tensor, *_rest: Any) -> int:
-    return 2 * _product_flops(q.shape, cu_seqlens)
+    return 2 * product_flops(q.shape, cu_seqlens)
 
 
 def _backward_flops(_grad: Tensor, q: Tensor, *args: Any) -> int:
     """The scores again, then the gradients of v, the probabilities, q and k."""
     cu_seqlens, (want_q, want_k, want_v) = args[4], args[-1]
     count = 1 + want_v + (want_q or want_k) + want_q + want_k
-    return count * _product_flops(q.shape, cu_seqlens)
+    return count * product_flops(q.shape, cu_seqlens)
 
 
 def _packed_shape(qkv: Tensor) -> Sequence[int]:
@@ -122,13 +122,13 @@ def _packed_shape(qkv: Tensor) -> Sequence[int]:
 
 
 def _packed_flops(qkv: Tensor, cu_seqlens: Tensor, *_rest: Any) -> int:
-    return 2 * _product_flops(_packed_shape(qkv), cu_seqlens)
+    return 2 * product_flops(_packed_shape(qkv), cu_seqlens)
 
 
 def _packed_backward_flops(
     _grad: Tensor, qkv: Tensor, _out: Tensor, _lse: Tensor, cu_seqlens: Tensor, *_rest: Any
 ) -> int:
-    return 5 * _product_flops(_packed_shape(qkv), cu_seqlens)
+    return 5 * product_flops(_packed_shape(qkv), cu_seqlens)
 
 
 define(
