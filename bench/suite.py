@@ -21,11 +21,11 @@ from flmoe_kernels.core.backend import BackendUnavailable
 from flmoe_kernels.profile.cases import BOTH, FORWARD, Case, cases
 from flmoe_kernels.profile.ceilings import Ceilings, measure_ceilings
 from flmoe_kernels.profile.check import WrongAnswer, agree
-from flmoe_kernels.profile.costs import cost
 from flmoe_kernels.profile.graphs import replay_facts
 from flmoe_kernels.profile.memory import peak_bytes
 from flmoe_kernels.profile.registry import Contestant, default_ours, prepare, words_of
 from flmoe_kernels.profile.shapes import is_cuda
+from flmoe_kernels.profile.work import cost
 
 SECONDS = {False: 2.0, True: 8.0}  # time limit of a comparison without a floor; key: --full
 

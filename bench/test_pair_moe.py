@@ -9,10 +9,10 @@ from bench.suite import Comparison, compare
 from flmoe_gate.floors import Floor
 from flmoe_gate.gate import Against, measure_pair
 from flmoe_kernels.profile.cases import BOTH, FORWARD, Case
-from flmoe_kernels.profile.costs import cost
 from flmoe_kernels.profile.memory import memory_unavailable_reason, peak_bytes
 from flmoe_kernels.profile.registry import prepare
 from flmoe_kernels.profile.shapes import PAIR_BASE, PAIR_LONG
+from flmoe_kernels.profile.work import cost
 
 SGEMM_SIZE = 2048
 SGEMM_SHARE = 0.5

@@ -20,8 +20,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 Formula = Callable[..., int]
 _COUNTER = "torch.utils.flop_counter"
 _formulas: list[tuple[Any, Formula]] = []
-# Gets FLOP, and arguments and results, of every step of an operator that has several steps; set by the profiler.
-observer: Callable[[int, Sequence[Any]], None] | None = None
+# Gets name, FLOP, arguments and results of every step of an operator that has several steps; set by the profiler.
+observer: Callable[[str, int, Sequence[Any], Any], None] | None = None
 
 
 def no_products(*_args: Any) -> int:

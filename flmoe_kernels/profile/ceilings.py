@@ -17,9 +17,9 @@ import torch
 from flmoe_gate.timing import Call, Clock, clock_for
 
 from .cases import dtype_name
-from .costs import Cost
 from .environment import ask_driver
 from .shapes import is_cuda
+from .work import Cost
 
 MATMUL, MEMORY, EXPONENTIALS = "matrix products", "memory", "exponentials"
 # Large enough that launches and caches do not matter, small enough to measure in a second.

@@ -13,10 +13,10 @@ from flmoe_gate.timing import LEAST_BLOCKS, Clock, Spread, clock_for, measure_bl
 
 from .cases import Case, dtype_name
 from .ceilings import MATMUL, MEMORY, Ceilings
-from .costs import Cost, cost
 from .memory import peak_bytes
 from .registry import Contestant, prepare, words_of
 from .stages import WARMUP, Breakdown, Stage, traced
+from .work import Cost, cost
 
 # Timing ends early once the interval of the median is this narrow.
 PRECISION = 0.01
@@ -87,12 +87,12 @@ class Profile:
         }
 
     def _rated(self, stage: Stage) -> dict[str, Any]:
-        work = Cost(round(stage.flop), round(stage.bytes))
+        work = Cost(stage.flop, stage.bytes, stage.exponentials)
         least, limit = self.ceilings.roofline_seconds(work, self.case.dtype)
         return {
             **dataclasses.asdict(stage),
             "share_of_limit": least / stage.seconds,
-            "bound": BOUNDS[limit] if work != Cost(0, 0) else HOST,
+            "bound": BOUNDS.get(limit, limit) if work != Cost() else HOST,
         }
 
 

@@ -12,7 +12,8 @@ from flmoe_kernels.core.files import write_whole
 
 from .output import STAGE_HEADS, rate_text, stage_rows
 from .profiles import Profile
-from .stages import OURS, TORCH
+from .stages import TORCH
+from .work import OURS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

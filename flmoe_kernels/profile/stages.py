@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from flmoe_kernels.core.files import write_whole
 
 from .shapes import is_cuda
-from .work import MARK, Counting
+from .work import MARK, OURS, Cost, Counting
 
 CALL = "flmoe_kernels.profile: call"
 
@@ -35,7 +35,7 @@ PYTHON = "Python and autograd"
 COMPILED = "compiled by torch"
 IDLE = "device idle"
 
-OURS, TORCH = "flmoe::", "aten::"
+TORCH = "aten::"
 _ENCODERS = "flmoe::encoder_layers"
 NAMED_SHARE = 0.05  # a torch operator with a larger share of the whole has its own row
 _COMPILED = ("Torch-Compiled Region", "## Call CompiledFxGraph", "CompiledFunction", "triton_")
@@ -47,14 +47,15 @@ _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchroniz
 
 @dataclass(frozen=True)
 class Stage:
-    """A row, all per call: seconds, share of the whole, how often the stage was entered, FLOP and bytes."""
+    """A row, per call: seconds, share of the whole, how often the stage was entered, work (see `work.Cost`)."""
 
     name: str
     seconds: float
     share: float
     calls: float
-    flop: float = 0.0
-    bytes: float = 0.0
+    flop: int = 0
+    bytes: int = 0
+    exponentials: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,27 +147,30 @@ def breakdown(events: Sequence[Any], device: str, counted: Sequence[Any] = ()) -
     if on_gpu:
         # While host and device work at the same time, only the device's time counts.
         micros[IDLE] = max(0.0, whole - sum(micros.values()))
-    work: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+    work: defaultdict[str, Cost] = defaultdict(Cost)
     if counted:
         for event, stage, _ in _staged(*_calls(counted), on_gpu):
             if event.name.startswith(MARK):
-                flop, size = map(int, event.name.removeprefix(MARK).split())
-                work[stage] = [work[stage][0] + flop, work[stage][1] + size]
+                work[stage] += Cost(*map(int, event.name.removeprefix(MARK).split()))
     count, whole = len(calls), max(whole, sum(micros.values()))
-    rows: defaultdict[str, list[float]] = defaultdict(lambda: [0.0] * 4)
+    rows: defaultdict[str, list[str]] = defaultdict(list)
     for stage, spent in micros.items():
         small = stage.startswith(TORCH) and spent < NAMED_SHARE * whole
-        values = (spent * 1e-6 / count, entered[stage] / count, *work[stage])
-        name = OTHER if small else stage
-        rows[name] = [sum(pair) for pair in zip(rows[name], values, strict=True)]
-    whole *= 1e-6 / count
-    stages = [Stage(name, x[0], x[0] / whole, *x[1:]) for name, x in rows.items() if x[0]]
+        rows[OTHER if small else stage].append(stage)
+    stages = []
+    for name, held in rows.items():
+        spent = sum(micros[stage] for stage in held)
+        times = sum(entered[stage] for stage in held) / count
+        done = sum((work[stage] for stage in held), Cost())
+        if spent:
+            numbers = (spent * 1e-6 / count, spent / whole, times)
+            stages.append(Stage(name, *numbers, **vars(done)))
     launches = sum(event.name.startswith(_LAUNCHES) for event in within)
     waits = (
         sum(event.name in _WAITS for event in within) - count
     )  # without those at the calls' ends
     return Breakdown(
-        whole=whole,
+        whole=whole * 1e-6 / count,
         stages=tuple(sorted(stages, key=lambda row: -row.seconds)),
         launches=launches / count if on_gpu else None,
         waits=waits / count if on_gpu else None,

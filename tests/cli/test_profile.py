@@ -20,10 +20,10 @@ from flmoe_kernels.profile import request as profile_request
 from flmoe_kernels.profile import run as profile_run
 from flmoe_kernels.profile.cases import cases
 from flmoe_kernels.profile.check import WrongAnswer
-from flmoe_kernels.profile.costs import cost
 from flmoe_kernels.profile.memory import memory_unavailable_reason, peak_bytes
 from flmoe_kernels.profile.shapes import LayerShape, PairShape, RoutedShape
 from flmoe_kernels.profile.user_layer import user_shape
+from flmoe_kernels.profile.work import cost
 from tests.support.layers import LayerCase
 
 app = typer.Typer()

@@ -9,11 +9,11 @@ import pytest
 from flmoe_kernels.profile import profiles
 from flmoe_kernels.profile.cases import FORWARD, Case
 from flmoe_kernels.profile.ceilings import MATMUL, MEMORY, Ceilings
-from flmoe_kernels.profile.costs import cost
 from flmoe_kernels.profile.output import tables
 from flmoe_kernels.profile.prepared import Prepared
 from flmoe_kernels.profile.profiles import Profile, profile_case
 from flmoe_kernels.profile.registry import Contestant
+from flmoe_kernels.profile.work import cost
 from tests.support.bench_machines import NoisyMachine
 from tests.support.profile_shapes import PAIR
 

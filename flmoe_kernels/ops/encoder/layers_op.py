@@ -82,7 +82,7 @@ class _Recorded:
             with self._ranges(label):
                 results = function(*args, **options)
                 if flops.observer is not None:
-                    flops.observer(_step_flops(name, values, weights), [*values, *_flat([results])])
+                    flops.observer(label, _step_flops(name, values, weights), values, results)
             return results
 
         return run
@@ -108,7 +108,7 @@ def _step_flops(name: str, values: Sequence[Any], weights: Sequence[Tensor]) -> 
 
 def _kernels(backend: str) -> Kernels:
     ranges: Callable[[str], Any] | None = None
-    if torch.autograd.profiler._is_profiler_enabled:
+    if torch.autograd.profiler._is_profiler_enabled or flops.observer is not None:
         ranges = torch.profiler.record_function
     match backend:
         case "cpu":
