@@ -137,18 +137,15 @@ def unavailable_reason(operator: Operator, shape: Shape, dtype: torch.dtype, var
 
 
 def _operator(name: str) -> Operator:
-    known("operator", name, tuple(OPERATORS))
-    return OPERATORS[name]
+    return OPERATORS[known("operator", name, OPERATORS)]
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    known("dtype", dtype, tuple(DTYPES))
-    return DTYPES[dtype]
+    return dtype if isinstance(dtype, torch.dtype) else DTYPES[known("dtype", dtype, DTYPES)]
 
 
-def known(what: str, name: str, names: Collection[str]) -> None:
-    """Check a name. Raises BadRequest: another name; the message has the known names."""
+def known(what: str, name: str, names: Collection[str]) -> str:
+    """Return the name. Raises BadRequest: another name; the message has the known names."""
     if name not in names:
         raise BadRequest(f"{what}: expected one of {', '.join(filter(None, names))}, got {name!r}")
+    return name

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
@@ -58,9 +57,6 @@ class Ceilings:
             limits[EXPONENTIALS] = cost.exponentials / self.exponentials
         binding = max(limits, key=lambda name: limits[name])
         return limits[binding], binding
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"flops": dict(self.flops)}
 
 
 def measure_ceilings(

@@ -1,8 +1,7 @@
-"""Output of the command `profile`: tables and JSON."""
+"""Tables of the command `profile`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +10,6 @@ from .profiles import Profile
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-SCHEMA = "flmoe_kernels.profile/4"
-
-
-def as_json(environment: Mapping[str, Any], profiles: Sequence[Profile] = (), **more: Any) -> str:
-    """Format {"schema", "environment", "profiles": [...]} and further entries as JSON."""
-    held = {
-        "schema": SCHEMA,
-        "environment": environment,
-        "profiles": [profile.as_dict() for profile in profiles],
-        **more,
-    }
-    return json.dumps(held, indent=2, allow_nan=False) + "\n"
 
 
 def tables(profiles: Sequence[Profile]) -> Iterator[RenderableType]:

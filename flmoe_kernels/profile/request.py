@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +42,7 @@ class Request:
         Raises:
             BadRequest: an unknown name, or a missing device.
         """
-        operator = OPERATORS[_one_of("op", self.operator, OPERATORS)]
+        operator = OPERATORS[known("op", self.operator, OPERATORS)]
         _check_device(self.device)
         if isinstance(self.shape, UserShape):
             shape: Shape = self.shape
@@ -54,7 +53,7 @@ class Request:
                 for name, shape in named_shapes(self.device).items()
                 if isinstance(shape, operator.shapes)
             }
-            shape = shapes[_one_of("shape", self.shape or next(iter(shapes)), shapes)]
+            shape = shapes[known("shape", self.shape or next(iter(shapes)), shapes)]
             half = is_cuda(self.device) and _is_half_sound(shape)
             dtype = self.dtype or ("bfloat16" if half else "float32")
         phase = self.phase or BOTH
@@ -64,10 +63,10 @@ class Request:
         case = Case(
             operator=operator.name,
             shape=shape,
-            phase=_one_of("pass", phase, operator.phases),
-            dtype=DTYPES[_one_of("dtype", dtype, DTYPES)],
+            phase=known("pass", phase, operator.phases),
+            dtype=DTYPES[known("dtype", dtype, DTYPES)],
             device=self.device,
-            variant=_one_of("variant", variant, operator.variants),
+            variant=known("variant", variant, operator.variants),
         )
         if reason := cases.unavailable_reason(operator, shape, case.dtype, variant):
             raise BadRequest(f"{case.name}: {reason}")
@@ -89,7 +88,7 @@ class Request:
         if EVERY in self.backends:
             return [x for x in named.values() if not x.why_not]
         names = dict.fromkeys(self.backends)
-        chosen = [named[_one_of("backend", name, (*named, EVERY))] for name in names]
+        chosen = [named[known("backend", name, (*named, EVERY))] for name in names]
         for contestant in chosen:
             if contestant.why_not:
                 raise BadRequest(
@@ -115,8 +114,3 @@ def _check_device(device: str) -> None:
 def _is_half_sound(shape: Shape) -> bool:
     """Whether a layer's results in half precision can be compared; not if the layer chooses experts."""
     return not cases.unavailable_reason(INTERACTION_MOE, shape, torch.bfloat16, "")
-
-
-def _one_of(what: str, name: str, names: Collection[str]) -> str:
-    known(what, name, names)
-    return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 LOG_WIDTH = 160
+SCHEMA = "flmoe_kernels.profile/4"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +85,13 @@ def run(
             _print(table)
         profiles += found
     if files.json is not None:
-        text = output.as_json(facts, profiles, ceilings=ceilings.as_dict())
-        write_whole(files.json, text)
+        held = {
+            "schema": SCHEMA,
+            "environment": facts,
+            "ceilings": dataclasses.asdict(ceilings),
+            "profiles": [profile.as_dict() for profile in profiles],
+        }
+        write_whole(files.json, json.dumps(held, indent=2, allow_nan=False) + "\n")
     if files.roofline is not None:
         write_roofline(files.roofline, heading, profiles)
 
@@ -111,13 +118,10 @@ def _checked(case: Case, chosen: list[Contestant], every: bool, tell: Tell) -> l
 
 
 def _heading(facts: dict[str, Any]) -> str:
-    words = [str(facts["device"]), _threads(facts), str(facts["instruction_set"])]
+    threads = f"{facts['threads']} thread{'' if facts['threads'] == 1 else 's'}"
+    words = [str(facts["device"]), threads, str(facts["instruction_set"])]
     words += [f"{name} {facts[name]}" for name in ("flmoe_kernels", "torch", "commit")]
     return ", ".join(words)
-
-
-def _threads(facts: dict[str, Any]) -> str:
-    return f"{facts['threads']} thread{'' if facts['threads'] == 1 else 's'}"
 
 
 def _print(what: RenderableType) -> None:

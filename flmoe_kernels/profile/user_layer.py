@@ -10,12 +10,8 @@ from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionM
 from flmoe_kernels.layers.interaction_moe.structure import describe
 from flmoe_kernels.published.convert import load_layer
 
-from .cases import dtype_name
+from .cases import BadRequest, dtype_name
 from .shapes import UserShape
-
-
-class UnsupportedRequest(ValueError):
-    """The layer cannot be profiled; the message has the argument, the expected and the actual value."""
 
 
 def user_shape(
@@ -35,31 +31,29 @@ def user_shape(
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
-        UnsupportedRequest: batch, tokens or valid do not fit the checkpoint.
+        BadRequest: batch, tokens or valid do not fit the checkpoint.
     """
     layer = load_layer(path, **(settings or {}))
     spec = describe(layer)
     if batch < 1:
-        raise UnsupportedRequest(f"batch: expected at least 1, got {batch}")
+        raise BadRequest(f"batch: expected at least 1, got {batch}")
     count, learned = spec.num_modalities, spec.num_patches is not None
     if spec.num_patches is not None:
         fixed = (spec.num_patches,) * count
         if tokens not in (None, fixed):
-            raise UnsupportedRequest(
+            raise BadRequest(
                 f"tokens: learned positions fix them to {_listed(fixed)}, got {_listed(tokens or ())}"
             )
         tokens = fixed
     if tokens is None or len(tokens) != count or min(tokens) < 1:
         got = "none" if tokens is None else _listed(tokens)
-        raise UnsupportedRequest(
-            f"tokens: expected {count} positive numbers, one per modality, got {got}"
-        )
+        raise BadRequest(f"tokens: expected {count} positive numbers, one per modality, got {got}")
     if valid is not None and learned:
-        raise UnsupportedRequest("valid: not supported for a layer with learned positions")
+        raise BadRequest("valid: not supported for a layer with learned positions")
     if valid is not None and (
         len(valid) != count or any(not 1 <= n <= m for n, m in zip(valid, tokens, strict=True))
     ):
-        raise UnsupportedRequest(
+        raise BadRequest(
             f"valid: expected {count} numbers from 1 to {_listed(tokens)}, got {_listed(valid)}"
         )
     return UserShape(
