@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.suite import SECONDS, options
+from flmoe_gate.gate import Against
+from flmoe_gate.timing import Call
 from flmoe_kernels.core.error_budget import assert_within_budget
 from flmoe_kernels.profile.cases import BOTH, FORWARD, dtype_name
-from flmoe_kernels.profile.gate import Against
 from flmoe_kernels.profile.operators.routed_mlp import make_inputs
 from flmoe_kernels.profile.shapes import (
     ROUTED_SHORT,
@@ -20,7 +21,6 @@ from flmoe_kernels.profile.shapes import (
     ROUTED_SMALL_E16,
     RoutedShape,
 )
-from flmoe_kernels.profile.timing import Call
 
 # A prompt and a step of generation with experts of 1024 x 512.
 PROMPT, STEP = (RoutedShape(f"tokens_{n}", n, 1024, 512, 16, 2) for n in (512, 8))
