@@ -85,7 +85,6 @@ def test_matches_the_reference(name: str, dtype: torch.dtype) -> None:
 def test_returns_logits_or_logits_and_latent(case: LayerCase) -> None:
     fusion, x = fusion_of(case, None), case.inputs()
     logits = fusion(x)
-    assert isinstance(logits, Tensor)
     again, latent = fusion(x, None, True)
     assert torch.equal(logits, again)
     assert latent.shape == (case.batch, len(case.lengths) * case.dim)
@@ -199,20 +198,6 @@ def test_results_under_autocast_have_the_dtype_of_the_parameters() -> None:
         results = fusion_of(FL, "cpu")(FL.inputs(), None, True)
     assert {x.dtype for x in results} == {torch.float32}
     assert torch.equal(results[1], results[1].bfloat16().float()), "computed in another precision"
-
-
-def test_latents_may_be_changed_in_place() -> None:
-    fusion = fusion_of(FL, "cpu")
-    logits, latent = fusion(FL.inputs(), None, True)
-    latent.mul_(0.0)
-    logits.sum().backward()
-    assert float(fusion.network[-1].fc.weight.grad.abs().max()) > 0
-
-
-def test_the_reference_takes_any_width() -> None:
-    fusion, wide = fusion_of(FL, "reference"), dataclasses.replace(FL, dim=24)
-    fusion.network = fusion_of(wide, "reference").network
-    assert fusion(wide.inputs()).shape == (3, 3)
 
 
 # Attention maps.
@@ -359,13 +344,6 @@ def test_compiles_without_a_break(case: LayerCase) -> None:
     compiled = torch.compile(fusion, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), fusion(x))
     torch._dynamo.reset()
-
-
-def test_exports() -> None:
-    fusion, x = fusion_of(FL, None).eval(), FL.inputs()
-    masks = draw_masks("partial", 3, FL.lengths)
-    program = torch.export.export(fusion, (x, masks))
-    torch.testing.assert_close(program.module()(x, masks), fusion(x, masks))
 
 
 def test_copies_and_modes() -> None:
