@@ -119,7 +119,6 @@ def test_module_needs_no_driver_and_exports_no_cuda_symbols() -> None:
     if not shutil.which("readelf"):
         pytest.skip("readelf is not installed")
     module = native().__file__
-    assert module is not None
 
     def output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

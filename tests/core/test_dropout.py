@@ -98,30 +98,6 @@ def test_draw_equal_to_the_threshold_is_dropped() -> None:
     assert not rng.keep_mask(make_seed(5), drops, 0, 0, at, at).item()
 
 
-def assert_rate(kept: Tensor, p: float) -> None:
-    """Assert that the kept fraction is within five standard deviations of the binomial of the threshold's rate."""
-    rate = rng.keep_threshold(p) / 65536
-    bound = 5 * math.sqrt(rate * (1 - rate) / kept.numel())
-    assert abs(kept.double().mean().item() - rate) <= bound
-
-
-@pytest.mark.parametrize("p", RATES)
-def test_keep_rate(p: float) -> None:
-    kept = torch.stack([mask(seed, p) for seed in range(4)])
-    assert_rate(kept, p)
-    with pytest.raises(AssertionError):
-        assert_rate(kept, p + (0.02 if p < 0.5 else -0.02))
-
-
-def test_every_row_and_column_has_its_own_rate() -> None:
-    """Counts per row, column and place in a group of 128 columns do not depend on the position."""
-    kept = torch.stack([mask(seed, 0.5) for seed in range(100, 116)]).double()
-    for sums, n in ((kept.sum((0, 1)), 16 * 256), (kept.sum((0, 2)), 16 * 256)):
-        assert float((sums - n / 2).abs().max()) <= 5 * math.sqrt(n / 4)
-        # The counts vary as a binomial does.
-        assert 0.6 < float(sums.var()) / (n / 4) < 1.5
-
-
 def assert_independent(a: Tensor, b: Tensor) -> None:
     n = a.numel()
     agreement = (a == b).double().mean().item()

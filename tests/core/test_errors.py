@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flmoe_kernels import FusionTransformer, InteractionMoE, expert_attention
 from flmoe_kernels.layers.parts import UnsupportedLayer
@@ -97,7 +97,6 @@ def test_registered_operators_check_runs(bounds: list[int]) -> None:
 def test_second_derivatives_are_refused() -> None:
     q = Q.clone().requires_grad_()
     out = expert_attention(q, q, q, CU)
-    assert isinstance(out, Tensor)
     (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"expert_attention_backward has no derivative"):
         torch.autograd.grad(grad.sum(), q)

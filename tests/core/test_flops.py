@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from flmoe_kernels import RoutedMLP, expert_attention, pair_map, pair_moe, routed_mlp, top_pairs
+from flmoe_kernels import expert_attention, pair_map, pair_moe, routed_mlp, top_pairs
 from flmoe_kernels.ops.encoder.api import expert_linear
 from flmoe_kernels.ops.reweighting import reference as reweighting
 from tests.support.attention_cases import Case
@@ -274,39 +274,6 @@ def test_layer_without_data() -> None:
         [[t.to(META) for t in row] for row in noise],
     )
     assert counted(lambda: loss_of(layer, *moved).backward()) == expected
-
-
-def test_modules_have_their_own_counts() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder = nn.Linear(16, 16)
-            self.fusion = fast_layer(FL)
-            self.routed = RoutedMLP(num_expert=2, d_model=3, d_hidden=4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            parts = self.encoder(x).split(FL.lengths, dim=1)
-            return self.routed(self.fusion(list(parts))[2])
-
-    model = Model()
-    with FlopCounterMode(display=False) as counter:
-        model(torch.cat(data(FL)[0], dim=1)).sum().backward()
-    counts = {name: sum(by.values()) for name, by in counter.get_flop_counts().items()}
-    tokens = FL.batch * sum(FL.lengths)
-    assert counts["Model.encoder"] == 2 * 2 * 16 * 16 * tokens
-    assert OPS.routed_mlp_backward in counter.get_flop_counts()["Model.routed"]
-    whole = sum(counts[f"Model.{name}"] for name in ("encoder", "fusion", "routed"))
-    assert whole == counts["Model"] == counts["Global"] == counter.get_total_flops()
-    assert OPS.encoder_layers_backward in counter.get_flop_counts()["Model.fusion"]
-
-
-def test_a_compiled_layer_counts_as_much() -> None:
-    layer, call = fast_layer(FL), data(FL)
-    expected = counted(lambda: loss_of(layer, *call).backward())
-    layer.compile(backend="aot_eager")
-    loss_of(layer, *call).backward()
-    assert counted(lambda: loss_of(layer, *call).backward()) == expected
-    torch.compiler.reset()
 
 
 def test_the_profiler_names_the_operators() -> None:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import io
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -126,13 +125,6 @@ def test_a_wrong_parameter_fails(case: LayerCase, path: str) -> None:
         assert_layer_within_budget(case, layer, torch.float32)
 
 
-@BOTH
-def test_other_heads_fail(case: LayerCase) -> None:
-    other = fast_layer(dataclasses.replace(case, heads=4))
-    with pytest.raises(AssertionError, match="above the budget"):
-        assert_layer_within_budget(case, other, torch.float32)
-
-
 def test_wrong_masks_and_noise_fail() -> None:
     case = dataclasses.replace(FL, masks="partial")
     x, masks, noise = data(case)
@@ -211,28 +203,6 @@ def test_inference_is_the_full_view(case: LayerCase, backend: str) -> None:
     expected = case.reference().eval().inference(x, masks)
     torch.testing.assert_close(logits, expected[2])
     torch.testing.assert_close(list(expert_logits), list(expected[0]))
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-@BOTH
-def test_shapes_of_outputs(case: LayerCase, sparse: bool) -> None:
-    case = dataclasses.replace(case, sparse=sparse)
-    x, masks, noise = data(case)
-    results = [
-        layer(x, masks, replacements=noise) for layer in (fast_layer(case), case.reference())
-    ]
-
-    def structure(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return (tuple(value.shape), value.dtype)
-        return [structure(each) for each in value]
-
-    assert structure(results[0]) == structure(results[1])
-    assert len(results[0]) == 4 + sparse + (case.compat == "fl_i2moe")
-    if sparse:
-        gates = results[0][4]
-        assert len(gates) == case.experts
-        assert all(gate == 0 for views in gates for gate in views)
 
 
 @EVERY
@@ -411,14 +381,6 @@ def test_frozen_parameters(case: LayerCase) -> None:
     for parameter in partial.parameters():
         parameter.requires_grad_(False)
     assert not partial([each.detach() for each in x])[2].requires_grad
-
-
-def test_no_graph_is_built_under_no_grad() -> None:
-    layer, x = fast_layer(FL), FL.inputs()
-    with torch.no_grad():
-        assert not layer(x)[2].requires_grad
-    with torch.inference_mode():
-        assert torch.equal(layer.inference(x)[2], layer.inference(x)[2])
 
 
 def test_gradients_of_a_parameter_shared_by_experts_are_summed() -> None:

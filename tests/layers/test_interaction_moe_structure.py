@@ -49,7 +49,6 @@ def test_describes_each_dropout_rate() -> None:
 def test_a_built_reference_has_the_same_description(variant: Any, gate: str) -> None:
     layer = make_sparse_layer(variant, gate, num_routers=2)
     spec = describe(layer)
-    assert spec.sparse is not None
     assert (spec.sparse.num_experts, spec.sparse.d_hidden, spec.sparse.num_routers) == (5, 32, 2)
     assert spec.sparse.gate == gate.removeprefix("Addtional")
     assert spec.sparse.top_k == (1 if gate == "SwitchGate" else 2)

@@ -196,7 +196,6 @@ def test_expert_share(backend: str) -> None:
     torch.testing.assert_close(found.expert_share().sum(dim=1), torch.ones(2, dtype=x[0].dtype))
     # Adding a constant to all classes changes neither the softmax nor the shares.
     with torch.no_grad():
-        assert layer.head is not None
         layer.head[3] += 0.5
     torch.testing.assert_close(layer.explain(x, target=1).expert_share(), expected)
     one = pair_layer(num_classes=1, kinds=("synergy", "null"), backend=backend)

@@ -17,7 +17,6 @@ from flmoe_kernels.core.error_budget import assert_outside_budget
 from tests.support.inputs import draw
 from tests.support.layers import LayerCase
 from tests.support.operator_cases import DTYPES, compare
-from tests.support.regularizers import regularizers
 
 
 def naive_cos(z: Tensor, f: Tensor, g: Tensor | float = 1.0) -> Tensor:
@@ -91,7 +90,6 @@ def test_special_latents(regularizer: Any) -> None:
         for result in results:
             if result.requires_grad:
                 result.backward()
-        assert ours.grad is not None
         assert ours.grad.isfinite().all()
         expected_gradient = torch.zeros_like(latents) if oracle.grad is None else oracle.grad
         torch.testing.assert_close(ours.grad, expected_gradient, rtol=1e-8, atol=1e-10)
@@ -124,7 +122,6 @@ def test_gradients_of_constant_latents_are_finite(regularizer: Any) -> None:
                 value = regularizer(x)
                 value.backward()
                 assert value.dtype == statistics_dtype(dtype)
-                assert x.grad is not None
                 assert x.grad.isfinite().all()
             assert value.item() == 0.0
 
@@ -169,7 +166,6 @@ def test_latents_of_the_layer(regularizer: Any) -> None:
     value.backward()
     for expert in layer.interaction_experts:
         gradient = expert.fusion_model.network[0].attn.proj.weight.grad
-        assert gradient is not None
         assert gradient.abs().max() > 0
 
 
@@ -229,28 +225,3 @@ def test_warm_up() -> None:
         wrong: Any = arguments
         with pytest.raises(error, match=message):
             warmup_scale(*wrong)
-
-
-class Published:
-    """The names of the published module, with sums over pairs of the tests."""
-
-    compat = "fl_i2moe"
-    compute_expert_barlow_loss = staticmethod(lambda z: PAIRS[rep_barlow](torch.stack(z)))
-    compute_expert_cka_loss = staticmethod(lambda z: PAIRS[rep_cka](torch.stack(z)))
-    lambda_warmup_scale = staticmethod(warmup_scale)
-
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
-
-    def compute_rep_cos_loss(self, z: list[Tensor], weights: Tensor | None = None) -> Tensor:
-        return self.factor * PAIRS[rep_cos](torch.stack(z), weights)
-
-    def module(self, name: str) -> Any:
-        assert name == "src.imoe.regularizers"
-        return self
-
-
-def test_the_comparison_with_the_published_module_can_fail() -> None:
-    assert "equal" in regularizers(Published(1.0))
-    with pytest.raises(AssertionError, match="differ by"):
-        regularizers(Published(1.0 + 1e-6))

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.layers.routed_mlp.gates import (
-    GATES,
     GShardGate,
     NaiveGate,
     SwitchGate,
@@ -19,7 +18,7 @@ from flmoe_kernels.layers.routed_mlp.gates import (
 from flmoe_kernels.ops.routing.api import gate as choose
 from flmoe_kernels.ops.routing.api import limit
 from tests.support.inputs import draw
-from tests.support.routed_gates import MAKERS, D, E, N, call, every_gate, make
+from tests.support.routed_gates import D, E, N, call, every_gate, make
 
 
 @every_gate
@@ -39,19 +38,6 @@ def test_shapes_and_weights(name: str, training: bool) -> None:
 
 
 @every_gate
-def test_padding_changes_nothing(name: str) -> None:
-    """Values of masked tokens change no choices, weights or losses, and get no gradient."""
-    gate, mask = make(name), torch.arange(N) % 3 != 1
-    x = draw(N, D)
-    other = torch.where(mask[:, None], x, 7.0 * draw(N, D, seed=5))
-    expected, found = call(gate, x, mask), call(gate, other, mask)
-    assert all(map(torch.equal, found, expected))
-    assert (found[0][~mask] == -1).all()
-    if name.startswith(("gshard", "switch", "noisy")):
-        assert not torch.equal(call(gate, x)[2], expected[2]), "control: no mask"
-
-
-@every_gate
 @pytest.mark.parametrize("training", [True, False])
 def test_gradcheck(name: str, training: bool) -> None:
     """Gradients of weights (with drops) and losses by tokens, some of them masked, and by all parameters."""
@@ -64,9 +50,7 @@ def test_gradcheck(name: str, training: bool) -> None:
         torch.manual_seed(1)
         own = dict(zip(names, parameters, strict=True))
         _, weight = torch.func.functional_call(gate, own, (x, mask))
-        loss = gate.get_loss()
-        assert loss is not None
-        return weight, loss
+        return weight, gate.get_loss()
 
     leaves = [p.detach().clone().requires_grad_() for p in gate.parameters()]
     assert torch.autograd.gradcheck(values, (x, *leaves))
@@ -76,7 +60,6 @@ def test_gradcheck(name: str, training: bool) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_capacity(name: str, training: bool) -> None:
     gate = make(name, training)
-    assert isinstance(gate, GShardGate | SwitchGate)
     rate = 1.2 if training else 2.4
     most = math.ceil(rate * N * gate.top_k / E)
     assert gate.rows_per_expert(N) == most
@@ -93,7 +76,6 @@ def test_capacity(name: str, training: bool) -> None:
 def test_capacity_uses_the_given_number_of_tokens(name: str) -> None:
     """Rows packed without padding are routed like the padded rows."""
     gate, mask = make(name), torch.arange(N) % 3 != 1
-    assert isinstance(gate, GShardGate | SwitchGate)
     gate.capacity = (0.9, 0.9)
     x = draw(N, D)
     if name == "switch":
@@ -111,7 +93,6 @@ def test_capacity_uses_the_given_number_of_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", ["gshard", "switch"])
 def test_balance_loss_is_its_formula(name: str) -> None:
     gate, x = make(name, training=False), draw(N, D)
-    assert isinstance(gate, GShardGate | SwitchGate)
     mask = torch.arange(N) % 4 != 0
     p = gate.gate(x).softmax(dim=1)[mask]
     share = torch.tensor([float((p.argmax(1) == e).float().mean()) for e in range(E)])
@@ -202,7 +183,6 @@ def test_a_last_choice_has_weight_1_and_no_gradient(dtype: torch.dtype, gap: flo
     assert index.tolist() == [[0, 1]] * 3 + [[-1, 2]] * 3
     assert weight[3:].tolist() == [[0.0, 1.0]] * 3
     (weight.float().square().mean() * 65536.0).backward()
-    assert x.grad is not None
     assert bool(x.grad.isfinite().all())
     assert not x.grad[3:].any()
     assert gap > 6.0 or bool(x.grad[:3].any()), "control: two choices give a gradient"
@@ -221,7 +201,6 @@ def test_remaining_choices_get_a_new_softmax(dtype: torch.dtype, backend: str | 
         leaf = logits.to(kind, copy=True).requires_grad_()
         index, weight = choose(leaf, 3, capacity=9, mask=mask, backend=backend)
         (weight * cotangent.to(kind)).sum().backward()
-        assert leaf.grad is not None
         return index, weight.detach(), leaf.grad
 
     index, weight, grad = found(dtype, backend)
@@ -236,7 +215,6 @@ def test_remaining_choices_get_a_new_softmax(dtype: torch.dtype, backend: str | 
         rows.append(torch.zeros(3, dtype=torch.float64).index_put((kept,), share))
     exact = torch.stack(rows)
     (exact * cotangent).sum().backward()
-    assert leaf.grad is not None
     _, low, low_grad = found(dtype, "reference")
     assert_within_budget(weight, low, exact.detach(), "weights")
     assert_within_budget(grad, low_grad, leaf.grad, "gradients")
@@ -276,17 +254,9 @@ def test_noise_is_drawn_only_in_training() -> None:
 def test_jitter_multiplies_the_router_s_input() -> None:
     """Jitter does not change a token of zeros: its logits equal the bias."""
     gate = make("switch")
-    assert isinstance(gate, SwitchGate)
     weight = call(gate, torch.zeros(1, D))[1]
     torch.testing.assert_close(weight[0, 0], gate.gate.bias.softmax(0).max())
     assert not torch.equal(call(gate, draw(1, D))[1], call(gate.eval(), draw(1, D))[1])
-
-
-def test_parameters_are_those_of_the_published_gates() -> None:
-    names = {name: sorted(make(name).state_dict()) for name in MAKERS}
-    linear, noisy = ["gate.bias", "gate.weight"], ["w_gate", "w_noise"]
-    assert names == {name: noisy if name.startswith("noisy") else linear for name in names}
-    assert sorted(GATES) == ["GShardGate", "NaiveGate", "NoisyGate", "SwitchGate"]
 
 
 def test_mistakes() -> None:

@@ -25,8 +25,6 @@ from tests.support.routed_layers import GATES, D, E, F, every_gate, make
 def expected_output(mlp: RoutedMLP, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Result of the reference in dtype, with the choices and weights of the last call."""
     index, weight = mlp.last_topk_indices, mlp.last_topk_scores
-    assert index is not None
-    assert weight is not None
     first, second = mlp.experts.htoh4, mlp.experts.h4toh
     parameters = [p.to(dtype) for p in (first.weight, first.bias, second.weight, second.bias)]
     rows = x.reshape(-1, D).to(dtype)
@@ -60,7 +58,6 @@ def test_gradients_within_budget(gate: str) -> None:
         leaf = x.to(kind).requires_grad_()
         out = mlp(leaf)
         loss = mlp.gate_loss()
-        assert loss is not None
         parameters = {name: p for name, p in mlp.named_parameters() if "noise" not in name}
         total = (out * draw(31, D, dtype=torch.float64, seed=3).to(kind)).sum() + 0.1 * loss
         grads = torch.autograd.grad(total, [leaf, *parameters.values()])
@@ -104,7 +101,6 @@ def test_any_leading_shape(gate: str, training: bool, shape: tuple[int, ...]) ->
     out = mlp(draw(*shape).requires_grad_())
     assert out.shape == shape
     loss = mlp.gate_loss()
-    assert loss is not None
     assert bool(loss.isfinite())
     (out.sum() + loss).backward()
     assert all(bool(p.grad.isfinite().all()) for p in mlp.parameters() if p.grad is not None)
@@ -239,7 +235,6 @@ def test_many_calls_of_a_step_compile_once() -> None:
     for step in range(3):
         out = sum(compiled(x).square().sum() for _ in range(12))
         loss = mlp.gate_loss()
-        assert loss is not None
         torch.testing.assert_close(loss, 12 * alone(mlp, x))
         (out + loss).backward()
         if step == 0:
@@ -250,9 +245,7 @@ def test_many_calls_of_a_step_compile_once() -> None:
 def alone(mlp: RoutedMLP, x: Tensor) -> Tensor:
     with torch.no_grad():
         mlp(x)
-    loss = mlp.gate_loss()
-    assert loss is not None
-    return loss
+    return mlp.gate_loss()
 
 
 @pytest.mark.parametrize("where", ["inside", "outside"])
@@ -269,11 +262,9 @@ def test_compiled_code_and_checkpoints(where: str) -> None:
     expected = alone(mlp, x)
     for _ in range(3):
         out, loss = call(x).sum(), mlp.gate_loss()
-        assert loss is not None
         torch.testing.assert_close(loss, expected)
         (out + loss).backward()
-        again = mlp.gate_loss()
-        assert (again is None) == (where == "outside")
+        assert (mlp.gate_loss() is None) == (where == "outside")
 
 
 @every_gate

@@ -77,13 +77,6 @@ def forward_pass(
     return outputs, x
 
 
-def gradients_of(outputs: dict[str, Tensor], leaves: list[Tensor]) -> list[Tensor]:
-    wanted = [out for name, out in outputs.items() if name != "latents" and out.requires_grad]
-    total = torch.stack([out.sum() for out in wanted]).sum()
-    found = torch.autograd.grad(total, leaves, allow_unused=True)
-    return [grad for grad in found if grad is not None]
-
-
 def host_data(*_args: Any, **_kwargs: Any) -> None:
     raise AssertionError("values of the host would be copied to the device")
 
@@ -93,20 +86,6 @@ def no_host_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refuse lists that become tensors: on a device without data their copy is not visible."""
     for name in ("tensor", "as_tensor", "from_numpy", "asarray"):
         monkeypatch.setattr(torch, name, host_data)
-
-
-@pytest.mark.usefixtures("no_host_data")
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_training_step_reads_no_data_and_copies_none_from_the_host(
-    case: LayerCase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither forward nor backward waits for the GPU, so a CUDA graph can capture both."""
-    monkeypatch.setattr(backends, "choose", lambda *_args: backends.TRITON)
-    layer = InteractionMoE.adopt(case.reference().to(META))
-    with OnDeviceOnly():
-        outputs, x = forward_pass(case, layer)
-        found = gradients_of(outputs, [*x, *layer.parameters()])
-    assert all(grad.device == META for grad in found)
 
 
 @contextlib.contextmanager
@@ -156,7 +135,9 @@ def test_make_graphed_callables_takes_the_layers(
         graphed = torch.cuda.make_graphed_callables(model, sample)
         outputs = [x for x in tree_leaves(graphed(*sample)) if x.requires_grad]
         torch.stack([x.sum() for x in outputs]).sum().backward()
-        assert all(p.grad is not None for p in model.parameters())
+        assert all(p.grad is not None and p.grad.device == META for p in model.parameters())
+        if isinstance(model, InteractionMoE):
+            model.inference(*sample)
         # In the other mode the module's own forward runs, and the layer accepts the new attribute.
         tree_leaves(graphed.eval()(*sample))
 

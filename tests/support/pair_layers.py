@@ -114,6 +114,4 @@ class PairModel(nn.Module):
 
     def forward(self, inputs: list[Tensor], masks: list[Tensor]) -> tuple[Tensor, Tensor]:
         out = self.layer(inputs, masks, interaction_losses=True)
-        assert out.logits is not None
-        assert out.losses is not None
         return out.logits, out.losses

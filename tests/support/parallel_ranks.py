@@ -190,7 +190,6 @@ def balance(rank: int, ranks: int) -> dict[str, Tensor]:
         gate(x)
         logits = gate.clean_logits(x)
     loss = gate.get_loss()
-    assert loss is not None
     return {"loss": loss.detach(), "logits": logits.detach()}
 
 
@@ -287,9 +286,7 @@ class Network(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs and the gate's loss."""
         out = self.above(self.layer(self.below(x), mask))
-        loss = self.layer.gate_loss()
-        assert loss is not None
-        return out, loss
+        return out, self.layer.gate_loss()
 
 
 def network(name: str, ranks: int) -> Network:
@@ -319,7 +316,6 @@ def layer_outputs(layer: RoutedMLP, x: Tensor, mask: Tensor) -> dict[str, Tensor
         found["captured"] = layer(x, mask)
     kept = (layer.last_topk_indices, layer.last_topk_scores, layer.last_topk_pre_mix)
     for name, value in zip(("indices", "scores", "pre_mix"), kept, strict=True):
-        assert value is not None
         found[name] = value
     return found
 

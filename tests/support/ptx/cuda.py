@@ -130,8 +130,6 @@ def _run(command: list[str]) -> None:
 def _module() -> ModuleType:
     (path,) = build().glob("flmoe_emulated*.so")
     spec = importlib.util.spec_from_file_location("flmoe_emulated", path)
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -181,7 +179,6 @@ def emulated_cuda(
         places = (ctypes.c_void_p * len(program.parameters)).from_address(arguments)
         parameters = np.zeros(sum(program.parameters[-1][:2]), np.uint8)
         for (first, size, _), place in zip(program.parameters, places, strict=True):
-            assert place is not None
             data = ctypes.string_at(place, size)
             parameters[first : first + size] = np.frombuffer(data, np.uint8)
         memory, granules = HostMemory(), {}
