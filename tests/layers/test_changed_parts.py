@@ -7,19 +7,24 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.ao import quantization
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize, prune
 from torch.utils.module_tracker import ModuleTracker
 
+from flmoe_kernels import swap
 from flmoe_kernels.layers.interaction_moe import module as interaction_moe
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.parts import UnsupportedLayer
 from tests.support.layers import FL, SPARSE_FL, LayerCase, data, fast_layer, named_outputs
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*quantiz.*:DeprecationWarning")
 
 
 class Wrapper(nn.Module):
@@ -137,7 +142,40 @@ def everywhere(layer: Any, kind: type[nn.Module]) -> list[Any]:
     return [part for part in layer.modules() if isinstance(part, kind)]
 
 
+class Packed(nn.Linear):
+    """A quantized map: a Linear without the parameter `weight`."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self.register_buffer("packed", linear.weight.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.packed, self.bias)
+
+
+def pack(where: str, layer: nn.Module) -> None:
+    for name, part in list(layer.named_modules()):
+        for key, child in list(part.named_children()):
+            if isinstance(child, nn.Linear) and where in f"{name}.{key}":
+                setattr(part, key, Packed(child))
+
+
+def quantize(layer: nn.Module) -> nn.Module:
+    return quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8, inplace=True)
+
+
+def convert(layer: Any) -> None:
+    layer.qconfig = quantization.default_qconfig
+    quantization.convert(quantization.prepare(layer, inplace=True), inplace=True)
+
+
+# The refusal of a quantized layer names a Linear by its path.
+LINEAR = r"(reweight\.mlp\.network|interaction_experts\.\d+\.fusion_model\.network)\.\d+"
 REFUSED: list[tuple[Callable[[Any], object], str]] = [
+    *((change, LINEAR) for change in (quantize, convert)),
+    *((partial(pack, place), LINEAR) for place in ("attn.q", "attn.proj", "mlp.network", "fc")),
     (lambda x: setattr(encoder(x).mlp.network, "1", nn.ReLU()), "expected GELU"),
     (lambda x: setattr(encoder(x).mlp.network[1], "approximate", "tanh"), "tanh form"),
     (lambda x: setattr(encoder(x).norm2, "eps", 1e-3), r"norm2: eps is 0\.001"),
@@ -180,6 +218,17 @@ def test_changes_that_the_kernels_do_not_compute_are_refused(
         with pytest.raises(ValueError, match=message) as error:
             run(*data(case)[:1])
         assert "backend='reference'" in str(error.value)
+
+
+def test_the_published_layer_can_be_quantized_and_is_not_swapped() -> None:
+    layer, x = FL.reference().eval(), FL.inputs()
+    expected = layer.inference(x)[2]
+    model = quantize(nn.ModuleDict({"layer": layer}))
+    assert (model["layer"].inference(x)[2] - expected).abs().max() < 0.2
+    [entry] = swap(model).left
+    # Both classes are named Linear.
+    assert "quantized" in entry.reason
+    assert re.search(LINEAR, entry.reason)
 
 
 def test_the_reference_backend_computes_what_the_kernels_refuse() -> None:
