@@ -16,7 +16,6 @@ from flmoe_kernels.ops.encoder.triton.rows_tiles import begin
 from tests.support.encoder_cases import (
     backward_calls,
     identity_mlp,
-    norm_arguments,
     operator_calls,
 )
 from tests.support.encoder_tests import EncoderTests, Size
@@ -152,16 +151,6 @@ def test_no_rows_leave_zeros_for_sums(dtype: torch.dtype) -> None:
         assert all((each == 0).all() for each in found[2:])
 
 
-def test_opcheck() -> None:
-    """Schemas and fakes; autograd is tested with the CPU's kernels, and by tracing below."""
-    checks = ("test_schema", "test_faketensor")
-    for name, arguments in small_calls(0.0, 3).items():
-        operator = getattr(OPS, name.split()[0]).default
-        torch.library.opcheck(operator, (*arguments, TRITON), test_utils=checks)
-    for name, given in backward_calls(0.5):
-        torch.library.opcheck(getattr(OPS, name).default, (*given, TRITON), test_utils=checks[1:])
-
-
 def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
     """Calls that the kernels must refuse: other dtypes and dimensions, and sizes beyond 32 bits."""
     x, gain, weight, cu = draw(2, 6, 4), draw(2, 4), draw(2, 5, 4), cumulative([3])
@@ -197,25 +186,6 @@ def test_refuses_other_dtypes_dimensions_and_sizes(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         getattr(OPS, name)(*arguments, TRITON)
-
-
-def test_compiles_in_one_graph() -> None:
-    seed, cu, weight = make_seed(), cumulative([2, 1]), draw(1, 20, 20, seed=5)
-    arguments = norm_arguments(3, 20, 0.5, True, 1)
-
-    def call(residual: Tensor, update: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-        total, normed, _, _ = OPS.dropout_add_norm(
-            residual, update, gain, shift, seed, 0.5, EPS, TRITON
-        )
-        update = OPS.expert_mlp(normed, weight, shift, weight, shift, seed, 0.5, TRITON)[0]
-        update = OPS.expert_linear(update, weight, shift, TRITON)
-        return OPS.dropout_add_pool(total, update, cu, 1, seed, 0.5, TRITON)
-
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    results = [
-        evaluate(each, as_dtype(arguments[:4], FLOAT32, True), 1) for each in (call, compiled)
-    ]
-    assert all(map(torch.equal, *results))
 
 
 @triton.jit

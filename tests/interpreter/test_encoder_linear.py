@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from flmoe_kernels.ops.encoder import reference
-from flmoe_kernels.ops.encoder.triton import linear_launch as launches
 from flmoe_kernels.ops.encoder.triton.linear import linear, linear_backward
 from flmoe_kernels.ops.encoder.triton.linear_kernels import row_of, rows_of
 from flmoe_kernels.ops.encoder.triton.linear_launch import TABLE, Tiles, operand, shares_of
@@ -112,40 +111,6 @@ def test_empty_sums_are_zero(sizes: tuple[int, int, int, int]) -> None:
     torch.testing.assert_close(grad_bias, grad_out.sum(1))
 
 
-def layouts(x: Tensor) -> dict[str, Tensor]:
-    """The same values with other strides, surrounded by NaN."""
-    experts, rows, width = x.shape
-    wide = torch.full((experts + 1, rows + 9, width + 5), float("nan"), dtype=x.dtype)
-    wide[1:, 4:-5, 3:-2] = x
-    every_second = torch.stack([x, torch.full_like(x, float("nan"))], dim=-1).flatten(-2)
-    return {
-        "rows first": x.transpose(0, 1).contiguous().transpose(0, 1),
-        "columns first": x.mT.contiguous().mT,
-        "inside another": wide[1:, 4:-5, 3:-2],
-        "every second": every_second[..., ::2],
-    }
-
-
-@pytest.mark.parametrize(("rows", "width"), [(37, 17), (21, 32)])
-def test_strided_inputs_equal_contiguous_ones(rows: int, width: int) -> None:
-    case = Case(2, rows, width, width)
-    inputs, grad_out = case.inputs(BFLOAT16), case.cotangent(BFLOAT16)
-    x, weight, bias = inputs
-    expected = run(inputs, grad_out)
-    of_weight, of_bias = layouts(weight), layouts(bias.unsqueeze(1))
-    for layout, strided in layouts(x).items():
-        assert not strided.is_contiguous()
-        others = [strided, of_weight[layout], of_bias[layout].squeeze(1)]
-        results = run(others, layouts(grad_out)[layout])
-        for name, got, want in zip(NAMES, results, expected, strict=True):
-            assert torch.equal(got, want), f"{name}, {layout}"
-    # Gradients that are an expanded row or an expanded value.
-    for part in (grad_out[:, :1], grad_out[:1, :1, :1]):
-        broadcast = part.expand_as(grad_out)
-        pair = [run(inputs, cotangent)[1:] for cotangent in (broadcast, broadcast.contiguous())]
-        assert all(map(torch.equal, *pair))
-
-
 def test_rows_are_copied_only_if_they_cannot_be_read() -> None:
     def strided(experts: int, *strides: int) -> Tensor:
         return torch.empty_strided((experts, 3, 4), strides, device="meta")
@@ -200,44 +165,6 @@ def test_other_tiles_give_the_same_numbers(
         monkeypatch.setitem(TABLE, row, Tiles(*tiles, 4, 1, (0, 0, 0)))
     for name, got, want in zip(NAMES, run(inputs, grad_out), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "widths", "expected"),
-    [
-        (BFLOAT16, (256, 768), ("16 bit", "16 bit")),
-        (FLOAT16, (64, 64), ("16 bit", "16 bit")),
-        (BFLOAT16, (32, 16), ("16 bit", "16 bit")),
-        (BFLOAT16, (192, 256), ("16 bit", "ragged")),
-        (BFLOAT16, (256, 200), ("ragged", "ragged")),
-        (FLOAT16, (63, 128), ("ragged", "ragged")),
-        (FLOAT32, (63, 128), ("float32", "float32")),
-    ],
-    ids=str,
-)
-def test_class_of_a_call(
-    dtype: torch.dtype, widths: tuple[int, int], expected: tuple[str, str]
-) -> None:
-    kernels = ("product", "weight_gradient")
-    assert tuple(launches.class_of(kernel, dtype, *widths) for kernel in kernels) == expected
-
-
-@pytest.mark.parametrize(
-    ("experts", "rows", "p", "q"), [(4, 49536, 768, 256), (4, 49536, 256, 256), (5, 1536, 384, 128)]
-)
-def test_shares_of_a_call(experts: int, rows: int, p: int, q: int) -> None:
-    x, grad_out = (
-        torch.empty(experts, rows, width, dtype=BFLOAT16, device="meta") for width in (q, p)
-    )
-    weight = torch.empty(experts, p, q, dtype=BFLOAT16, device="meta")
-    shares = shares_of(BFLOAT16, experts, rows, p, q)
-    _, (first, second) = launches.backward(grad_out, x, weight, False, True, True)
-    assert first.programs == experts * shares * (p // 128) * (q // 128) <= 264
-    assert first.arguments["splits"] == shares
-    parts = second.arguments["parts"]
-    assert parts.shape == (experts, shares, p, q)
-    assert parts.dtype == FLOAT32
-    assert parts.numel() * 4 <= 17.5e6
 
 
 @triton.jit

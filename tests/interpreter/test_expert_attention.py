@@ -177,23 +177,6 @@ def test_refuses_what_would_read_past_a_tensor(
         getattr(OPS, f"expert_attention{name}")(*arguments, TRITON)
 
 
-def test_compiles_in_one_graph() -> None:
-    case = Case((5, 7), 2, 8, 0.5)
-    cu, seed = case.cu_seqlens, make_seed()
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def compiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = expert_attention(q, k, v, cu, dropout_p=0.5, seed=seed, backend=TRITON)
-        assert isinstance(out, Tensor)
-        return out
-
-    leaves = [x.requires_grad_() for x in case.qkv(FLOAT32)]
-    out = compiled(*leaves)
-    expected = run(case, case.qkv(FLOAT32), TRITON)
-    for name, got, want in zip(NAMES, (out, *gradients([out], leaves)), expected, strict=True):
-        assert torch.equal(got, want), name
-
-
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16], ids=str)
 @pytest.mark.parametrize("backend", [TRITON, "cpu", "reference"])
 def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:

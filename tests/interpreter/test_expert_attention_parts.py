@@ -17,9 +17,7 @@ from flmoe_kernels.ops.expert_attention.triton.tiles import (
     row_at,
     statistics_of,
     tile_columns,
-    tile_count,
     tile_start,
-    tile_whole,
 )
 from tests.support.inputs import cumulative, draw, make_seed
 
@@ -48,28 +46,6 @@ def test_tiles_of_the_mask_are_the_generators(columns: int, spread: bool, seed: 
         rows = row + torch.arange(16).view(-1, 1)
         kept = rng.keep_mask(make_seed(seed), p, problem, head, rows, torch.arange(512))
         assert torch.equal(found, kept.int())
-
-
-@triton.jit
-def tiles_kernel(out, length, COLUMNS: tl.constexpr, SPREAD: tl.constexpr):
-    """How often tiles, and whole tiles, have each column."""
-    whole = tile_whole(length, COLUMNS, SPREAD)
-    for tile in range(tile_count(length, COLUMNS, SPREAD)):
-        at = out + 2 * (tile_start(tile, COLUMNS, SPREAD) + tile_columns(COLUMNS, SPREAD))
-        tl.store(at, tl.load(at) + 1)
-        tl.store(at + 1, tl.load(at + 1) + (tile < whole).to(tl.int32))
-
-
-@pytest.mark.parametrize(("columns", "spread"), [(64, False), (64, True), (32, True)])
-@pytest.mark.parametrize("length", [0, 1, 8, 9, 16, 17, 32, 40, 127, 128, 129, 300])
-def test_tiles_have_every_column_once(columns: int, spread: bool, length: int) -> None:
-    found = torch.zeros(512, 2, dtype=torch.int32)
-    tiles_kernel[(1,)](found, length, columns, spread)
-    tiles, whole = found.unbind(1)
-    assert (tiles[:length] == 1).all()
-    assert tiles.max() <= 1
-    assert (whole[length:] == 0).all()
-    assert length // 128 * 128 <= whole.sum() <= length
 
 
 @triton.jit

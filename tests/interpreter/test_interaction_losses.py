@@ -18,7 +18,6 @@ from tests.support.operator_cases import (
 )
 
 TRITON = "triton"
-QUICK = ("test_schema", "test_faketensor", "test_autograd_registration")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # All shapes in float32, few in half precision, which only adds casts of inputs and outputs.
 SPREADS = (0.05, 4.0)
@@ -81,11 +80,6 @@ def test_views_that_do_not_exist_may_be_nan() -> None:
     assert not grad[:, 2, 1].any()
 
 
-def test_results_are_bitwise_repeatable() -> None:
-    latents = draw(4, 3, 9, 70, seed=3, dtype=torch.bfloat16).requires_grad_()
-    assert all(map(torch.equal, *(evaluate(losses, [latents, None], 1) for _ in range(2))))
-
-
 def test_empty_batches() -> None:
     assert losses(torch.empty(4, 3, 0, 5), None).isnan().all()
     grad = OPS.interaction_losses_backward(torch.ones(4), torch.empty(4, 3, 0, 5), None, TRITON)
@@ -106,15 +100,6 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
-
-
-def test_opcheck() -> None:
-    latents = draw(4, 3, 2, 5).requires_grad_()
-    for op, arguments, tests in (
-        (OPS.interaction_losses, (latents, None), (*QUICK, "test_aot_dispatch_dynamic")),
-        (OPS.interaction_losses_backward, (draw(4), latents.detach(), None), QUICK),
-    ):
-        torch.library.opcheck(op.default, (*arguments, TRITON), test_utils=tests)
 
 
 def test_the_table_names_every_kernel() -> None:

@@ -16,9 +16,9 @@ from flmoe_kernels.ops.pair_moe.call import PairCall
 from flmoe_kernels.ops.pair_moe.kinds import DEFAULT_KINDS
 from flmoe_kernels.ops.pair_moe.triton import choice, table
 from flmoe_kernels.ops.pair_moe.triton.launch import operand, readable
-from flmoe_kernels.ops.pair_moe.triton.table import TABLE, Tiles
+from flmoe_kernels.ops.pair_moe.triton.table import TABLE
 from tests.support.inputs import draw
-from tests.support.pair_cases import KIND_LISTS, MANY, NAMES, REDUCTIONS, PairCase, check, run
+from tests.support.pair_cases import KIND_LISTS, MANY, REDUCTIONS, PairCase, check, run
 from tests.support.pair_tests import PAIRED, PairTests
 from tests.support.score_tests import Call, KernelScoreTests
 
@@ -128,22 +128,6 @@ class TestTritonScores(KernelScoreTests):
         assert place.sort(dim=2).values.eq(torch.arange(120)).all()
 
 
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-def test_results_are_bitwise_equal_for_repeats_and_layouts(reduce: str) -> None:
-    case = PairCase(70, 20, 12, 20, reduce=reduce, masks="both", batch=1)
-    inputs = case.inputs(torch.float16)
-    expected = run(case, inputs, TRITON)
-    layouts = (
-        inputs,
-        [x.contiguous() for x in inputs],
-        [torch.cat([x, x], dim=-1)[..., : x.shape[-1]] for x in inputs[:4]] + inputs[4:],
-        [x.mT.contiguous().mT for x in inputs[:4]] + inputs[4:],
-    )
-    for layout in layouts:
-        for name, got, want in zip(NAMES, run(case, layout, TRITON), expected, strict=True):
-            assert torch.equal(got, want), name
-
-
 def test_top_pairs_refuses_more_pairs_than_a_key_can_number() -> None:
     wide = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**17, 1)
     with pytest.raises(ValueError, match=r"top_pairs: expected La \* Lb up to 2\^32.*131072"):
@@ -159,16 +143,6 @@ def test_rows_with_large_strides_are_copied() -> None:
         example = PairCall(x, near, near, near, None, None, None, (2,), 1, 1.0)
         assert (readable(example).q is x) == kept
         assert operand(readable(example).q)[3] == 4
-
-
-def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = PairCase(40, 35, 20, 36, masks="both", batch=1)
-    expected = run(case, case.inputs(torch.float32), TRITON)
-    for row in list(TABLE):
-        monkeypatch.setitem(TABLE, row, Tiles(16, 32, 16, 16, 4, 1, (0, 0, 0)))
-    found = run(case, case.inputs(torch.float32), TRITON)
-    for name, got, want in zip(NAMES, found, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.slow

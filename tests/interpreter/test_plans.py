@@ -14,7 +14,7 @@ from flmoe_kernels.core.triton import plans
 from flmoe_kernels.ops.interaction_losses.api import interaction_losses
 from flmoe_kernels.ops.pair_moe.api import pair_moe
 from flmoe_kernels.ops.reweighting import api as reweighting
-from tests.ops.test_encoder_layers import arguments
+from tests.support.encoder_cases import layers_arguments
 from tests.support.inputs import draw
 from tests.support.operator_cases import OPS
 
@@ -22,7 +22,7 @@ TRITON = "triton"
 
 
 def encoder(form: str, **changes: Any) -> tuple[list[Tensor], Callable[..., Tensor]]:
-    call = arguments(form, **changes)
+    call = layers_arguments(form, **changes)
 
     def latents(rows: Tensor, *weights: Tensor) -> Tensor:
         return OPS.encoder_layers(rows, *call[1:6], list(weights), *call[7:], TRITON)[0]

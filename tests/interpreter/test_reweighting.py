@@ -15,7 +15,6 @@ from tests.support.operator_cases import OPS, compare
 
 TRITON = "triton"
 BOTH = [True, True]
-QUICK = ("test_schema", "test_faketensor", "test_autograd_registration")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = ("none", "partial", "padded_sample", "padded_modality", "mixed")
 # One block of tokens, and several, of which shorter modalities use fewer.
@@ -169,25 +168,6 @@ def test_refusals() -> None:
     ):
         with pytest.raises(BackendUnavailable, match="reweighting: this operator has no cpu"):
             getattr(OPS, name)(*arguments)
-
-
-def test_opcheck() -> None:
-    tokens = draw(2, 5, 3).requires_grad_()
-    scores, logits = draw(2, 4).requires_grad_(), draw(4, 2, 3).requires_grad_()
-    mask = torch.tensor([[True, False, True, True, False]] * 2)
-    features, statistics = OPS.reweighting_features(tokens, mask, [2, 3], 1, TRITON)
-    weights, mixed = OPS.mix_experts(scores, logits, 1.5, TRITON)
-    kept = [x.detach() for x in (features, statistics, weights, mixed, logits)]
-    features, statistics, weights, mixed, parts = kept
-    for op, arguments in (
-        (OPS.reweighting_features, (tokens, mask, [2, 3], 1)),
-        (OPS.reweighting_features_backward, (features, features, statistics, mask, [2, 3])),
-        (OPS.mix_experts, (scores, logits, 1.5)),
-        (OPS.mix_experts_backward, (weights, mixed, weights, parts, BOTH, 1.5)),
-    ):
-        # The compiled forward already traces the backward.
-        tests = QUICK if "backward" in str(op) else (*QUICK, "test_aot_dispatch_dynamic")
-        torch.library.opcheck(op.default, (*arguments, TRITON), test_utils=tests)
 
 
 def test_the_table_names_every_kernel() -> None:

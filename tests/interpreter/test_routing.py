@@ -133,11 +133,3 @@ def test_invalid_arguments_are_refused() -> None:
         OPS.routing_gate(draw(6, 3), 4, False, TRITON)
     with pytest.raises(ValueError, match=r"index: expected up to 2\^30 rows"):
         kernels.dispatch(torch.zeros(1, dtype=torch.int64).expand(2**30 + 1), 3)
-
-
-def test_opcheck() -> None:
-    index = index_of(9, 2, 4, 0.2)
-    torch.library.opcheck(OPS.routing_dispatch.default, (index, 4, TRITON))
-    torch.library.opcheck(OPS.routing_limit.default, (index, None, 4, 3, TRITON))
-    logits = draw(9, 4).requires_grad_()
-    torch.library.opcheck(OPS.routing_gate.default, (logits, 2, False, TRITON))

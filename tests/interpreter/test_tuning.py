@@ -87,16 +87,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     return found
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_the_table_runs_by_default_and_without_a_timer(name: str) -> None:
-    run, make, _ = OPERATORS[name]
-    inputs = make(torch.float32)
-    first = run(inputs, TRITON)
-    with tuning.autotune():
-        found = run(inputs, TRITON)
-    assert all(map(torch.equal, found, first))
-
-
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, torch.float32) for name in OPERATORS), ("expert_attention", torch.bfloat16)],

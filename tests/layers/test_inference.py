@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.layers.interaction_moe.dense import Encoders
-from flmoe_kernels.ops.encoder.inference import layer_shapes
+from tests.support.encoder_cases import encoder_inference_arguments
 from tests.support.inputs import as_dtype, draw, draw_masks
 from tests.support.layers import (
     FL,
@@ -180,29 +180,6 @@ def test_nan_stays_in_its_sample() -> None:
     assert torch.equal(found[others], expected[others])
 
 
-def arguments(**changes: Any) -> tuple[Any, ...]:
-    """Two experts, one layer of width 8; three samples of two segments."""
-    weights = [draw(*shape, seed=i) for i, shape in enumerate(2 * layer_shapes(8, 12))]
-    bounds = torch.tensor([0, 2, 3, 3, 4, 4, 6], dtype=torch.int32)
-    named = {
-        "rows": draw(1, 5, 8, seed=50),
-        "index": torch.tensor([4, 0, 1, 1, 2, 3]),
-        "cu_samples": bounds[::2].contiguous(),
-        "cu_segments": bounds,
-        "weights": weights,
-        "experts": 2,
-        "heads": 2,
-        "eps": 1e-5,
-        "self_residual": False,
-        **changes,
-    }
-    return tuple(named.values())
-
-
-def test_the_operator_passes_opcheck() -> None:
-    torch.library.opcheck(torch.ops.flmoe.encoder_inference.default, arguments())
-
-
 BOUNDS = torch.tensor([0, 2, 3, 3, 4, 4, 6], dtype=torch.int32)
 
 
@@ -226,4 +203,4 @@ BOUNDS = torch.tensor([0, 2, 3, 3, 4, 4, 6], dtype=torch.int32)
 )
 def test_wrong_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        torch.ops.flmoe.encoder_inference(*arguments(**changes))
+        torch.ops.flmoe.encoder_inference(*encoder_inference_arguments(**changes))

@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from flmoe_kernels.ops.encoder import reference
-from tests.support.encoder_cases import backward_calls, norm_arguments, operator_calls
+from tests.support.encoder_cases import backward_calls, norm_arguments
 from tests.support.encoder_tests import EncoderTests, Size
 from tests.support.inputs import as_dtype, draw
 from tests.support.operator_cases import (
     DTYPES,
     OPS,
     compare,
-    tensors,
 )
 
 # (rows, width): near multiples of a vector, of chunks of 64 rows and of groups of 128 columns.
@@ -62,24 +61,6 @@ class TestCpu(EncoderTests):
     @pytest.fixture(params=DTYPES, ids=str)
     def dtype(self, request: pytest.FixtureRequest) -> torch.dtype:
         return request.param
-
-
-@pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("name", operator_calls(torch.float64, 0.0))
-def test_gradcheck(name: str, p: float) -> None:
-    arguments = as_dtype(operator_calls(torch.float64, p)[name], torch.float64, requires_grad=True)
-    operator = getattr(OPS, name.split()[0])
-    differentiable = 2 if name.startswith("dropout_add_norm") else 1
-    assert torch.autograd.gradcheck(
-        lambda *args: tuple(tensors(operator(*args))[:differentiable]), arguments
-    )
-
-
-@pytest.mark.parametrize("p", [0.0, 0.5])
-@pytest.mark.parametrize("name", operator_calls(torch.float64, 0.0))
-def test_opcheck(name: str, p: float) -> None:
-    arguments = as_dtype(operator_calls(torch.float32, p)[name], torch.float32, requires_grad=True)
-    torch.library.opcheck(getattr(OPS, name.split()[0]).default, tuple(arguments))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])

@@ -13,44 +13,10 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from flmoe_kernels import BackendUnavailable
-from flmoe_kernels.ops.encoder.inference import layer_shapes
 from flmoe_kernels.ops.encoder.layers import PLACES
+from tests.support.encoder_cases import EXPERTS, FORMS, LAYERS, WIDTH, layers_arguments
 from tests.support.inputs import draw
 from tests.support.operator_cases import OPS
-
-EXPERTS, LAYERS, WIDTH, HIDDEN = 2, 2, 4, 6
-FORMS = ("one view", "views", "folded views")
-
-
-def arguments(form: str, rate: float = 0.25, **changes: Any) -> list[Any]:
-    """Two samples of two segments, of 3 and 2 rows."""
-    shapes = EXPERTS * LAYERS * layer_shapes(WIDTH, HIDDEN)
-    weights = [draw(*shape, seed=i, scale=0.7) for i, shape in enumerate(shapes)]
-    segments = torch.tensor([0, 2, 3, 4, 5], dtype=torch.int32)
-    modality = torch.tensor([0, 0, 1, 0, 1], dtype=torch.int32)
-    source = None
-    if form == "folded views":
-        # The second view has only the first sample.
-        source = torch.tensor([0, 1, 2, 3, 4, 5, 6, 2])
-        segments = torch.tensor([0, 2, 3, 4, 5, 7, 8, 8, 8], dtype=torch.int32)
-    named: dict[str, Any] = {
-        "rows": draw(EXPERTS, 1 if form == "one view" else 2, 5, WIDTH, seed=90),
-        "modality": modality if form == "views" else None,
-        "source": source,
-        "cu_samples": segments[::2].contiguous(),
-        "cu_segments": segments,
-        "count": None,
-        "weights": weights,
-        "seeds": torch.arange(4 * LAYERS) if rate else None,
-        "rates": [rate, 0.0, rate, rate] * LAYERS,
-        "heads": 2,
-        "views": 3 if form == "views" else 1,
-        "eps": 1e-5,
-        "self_residual": False,
-        "save": True,
-        **changes,
-    }
-    return list(named.values())
 
 
 def in_double(call: list[Any]) -> tuple[list[Any], list[Tensor]]:
@@ -64,7 +30,7 @@ def in_double(call: list[Any]) -> tuple[list[Any], list[Tensor]]:
 @pytest.mark.parametrize("self_residual", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(form: str, self_residual: bool, rate: float) -> None:
-    call, leaves = in_double(arguments(form, rate, self_residual=self_residual))
+    call, leaves = in_double(layers_arguments(form, rate, self_residual=self_residual))
 
     def latents(rows: Tensor, *weights: Tensor) -> Tensor:
         return OPS.encoder_layers(rows, *call[1:6], list(weights), *call[7:])[0]
@@ -72,47 +38,10 @@ def test_gradcheck(form: str, self_residual: bool, rate: float) -> None:
     assert torch.autograd.gradcheck(latents, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_opcheck(form: str) -> None:
-    call = arguments(form)
-    torch.library.opcheck(OPS.encoder_layers.default, tuple(arguments(form, save=False)))
-    call[0].requires_grad_()
-    call[6] = [weight.requires_grad_() for weight in call[6]]
-    torch.library.opcheck(OPS.encoder_layers.default, tuple(call))
-    latents, saved = OPS.encoder_layers(*call)
-    wants = [True] * (1 + LAYERS * len(PLACES))
-    torch.library.opcheck(
-        OPS.encoder_layers_backward.default,
-        (latents.detach(), call[0].detach(), *call[1:6], call[7], saved, *call[8:13], wants),
-    )
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_any_subset_of_gradients(form: str) -> None:
-    """The requested gradients are bit-identical for any subset."""
-    call, leaves = in_double(arguments(form))
-    latents = OPS.encoder_layers(*call)[0]
-    everything = torch.autograd.grad(latents.square().sum(), leaves, retain_graph=True)
-    generator = torch.Generator().manual_seed(1)
-    subsets = [torch.rand(len(leaves), generator=generator) < 0.05 for _ in range(40)]
-    subsets += [torch.arange(len(leaves)) == i for i in range(len(leaves))]
-    for subset in subsets:
-        chosen = subset.nonzero().flatten().tolist()
-        if not chosen:
-            continue
-        frozen, others = in_double(arguments(form))
-        for i, leaf in enumerate(others):
-            leaf.requires_grad_(i in chosen)
-        again = OPS.encoder_layers(*frozen)[0]
-        grads = torch.autograd.grad(again.square().sum(), [others[i] for i in chosen])
-        for i, grad in zip(chosen, grads, strict=True):
-            assert torch.equal(grad, everything[i]), f"leaf {i} of {chosen}"
-
-
 @pytest.mark.parametrize("train_rows", [False, True])
 def test_second_derivatives_are_refused(train_rows: bool) -> None:
     """Also if only weights are trained, of which the saved tensors are copies."""
-    call, leaves = in_double(arguments("one view"))
+    call, leaves = in_double(layers_arguments("one view"))
     leaves[0].requires_grad_(train_rows)
     out = OPS.encoder_layers(*call)[0].square().sum()
     grads = torch.autograd.grad(out, call[6], create_graph=True)
@@ -134,20 +63,11 @@ def test_second_derivatives_are_refused(train_rows: bool) -> None:
 )
 def test_wrong_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        OPS.encoder_layers(*arguments("one view", **changes))
-
-
-def test_rows_with_other_strides() -> None:
-    call, leaves = in_double(arguments("views"))
-    want = torch.autograd.grad(OPS.encoder_layers(*call)[0].sum(), leaves)
-    turned, others = in_double(arguments("views"))
-    turned[0] = others[0].transpose(0, 3).contiguous().transpose(0, 3)
-    got = torch.autograd.grad(OPS.encoder_layers(*turned)[0].sum(), others)
-    assert all(map(torch.equal, got, want))
+        OPS.encoder_layers(*layers_arguments("one view", **changes))
 
 
 def test_checkpointing() -> None:
-    call, leaves = in_double(arguments("views"))
+    call, leaves = in_double(layers_arguments("views"))
     want = torch.autograd.grad(OPS.encoder_layers(*call)[0].sum(), leaves)
     again = checkpoint(lambda: OPS.encoder_layers(*call)[0], use_reentrant=False)
     assert all(map(torch.equal, torch.autograd.grad(again.sum(), leaves), want))
@@ -155,7 +75,7 @@ def test_checkpointing() -> None:
 
 def test_batches_of_gradients_in_another_thread() -> None:
     """The backward of a GPU runs in a thread of its own."""
-    call, _ = in_double(arguments("views"))
+    call, _ = in_double(layers_arguments("views"))
     latents, saved = OPS.encoder_layers(*call)
     wants = [True] * (1 + LAYERS * len(PLACES))
     rest = [call[0].detach(), *call[1:6], call[7], saved, *call[8:13], wants]
@@ -174,7 +94,7 @@ def test_batches_of_gradients_in_another_thread() -> None:
 
 
 def test_tangents_of_weights_are_refused() -> None:
-    call, _ = in_double(arguments("views", save=False))
+    call, _ = in_double(layers_arguments("views", save=False))
     with torch.no_grad(), forward_ad.dual_level():
         call[6][0] = forward_ad.make_dual(call[6][0].detach(), torch.ones(WIDTH).double())
         with pytest.raises(BackendUnavailable, match="forward-mode AD"):
@@ -184,7 +104,9 @@ def test_tangents_of_weights_are_refused() -> None:
 def test_no_rows_at_all() -> None:
     """Every token is padding."""
     none = torch.zeros(9, dtype=torch.int32)
-    call, leaves = in_double(arguments("folded views", cu_samples=none[::2], cu_segments=none))
+    call, leaves = in_double(
+        layers_arguments("folded views", cu_samples=none[::2], cu_segments=none)
+    )
     call[0] = leaves[0] = leaves[0][:, :, :0].detach().requires_grad_()
     call[2] = call[2][:0]
     latents = OPS.encoder_layers(*call)[0]
@@ -194,6 +116,6 @@ def test_no_rows_at_all() -> None:
 
 
 def test_differentiation_needs_what_is_saved() -> None:
-    call, _ = in_double(arguments("views", save=False))
+    call, _ = in_double(layers_arguments("views", save=False))
     with pytest.raises(ValueError, match="save: expected True"):
         OPS.encoder_layers(*call)

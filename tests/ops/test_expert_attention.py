@@ -55,10 +55,8 @@ def test_an_output_without_problems_still_has_a_gradient(
 ) -> None:
     q, k, v = (x.requires_grad_() for x in Case(lengths, 2, 4, tail=3).qkv(torch.float32))
     out = expert_attention(q, k, v, cumulative(lengths), backend=backend)
-    assert isinstance(out, Tensor)
     assert out.requires_grad
     out.sum().backward()
-    assert v.grad is not None
     assert (v.grad[sum(lengths) :] == 0).all()
 
 
@@ -83,9 +81,7 @@ def test_seed_governs_dropout() -> None:
     q, k, v = case.qkv(torch.float32)
 
     def call() -> Tensor:
-        out = expert_attention(q, k, v, case.cu_seqlens, dropout_p=0.5)
-        assert isinstance(out, Tensor)
-        return out
+        return expert_attention(q, k, v, case.cu_seqlens, dropout_p=0.5)
 
     torch.manual_seed(1)
     first, second = call(), call()

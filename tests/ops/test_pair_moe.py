@@ -18,14 +18,11 @@ from flmoe_kernels.ops.pair_moe.kinds import (
     COEFFICIENTS,
     DEFAULT_KINDS,
     KINDS,
-    kind_codes,
     swap_sides,
 )
-from tests.support.inputs import draw, gradients
 from tests.support.pair_cases import (
     DTYPES,
     KIND_LISTS,
-    MANY,
     NAMES,
     REDUCTIONS,
     SIZES,
@@ -134,47 +131,12 @@ def test_sides_swap(backend: str) -> None:
     assert swap_sides(KINDS) == ("unique_b", "unique_a", "synergy", "redundancy", "null")
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_reductions_are_sums(dtype: torch.dtype, backend: str) -> None:
-    q, k, a, c, bias = PairCase(50, 70).inputs(dtype)
-    y = {
-        reduce: pair_moe(
-            q, k, a, c, kinds=DEFAULT_KINDS, gate_bias=bias, reduce=reduce, backend=backend
-        ).y
-        for reduce in REDUCTIONS
-    }
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    assert [y[reduce].dtype for reduce in REDUCTIONS] == [dtype, dtype, wide]
-    tolerance = 64 * torch.finfo(dtype).eps * float(y["pool"].abs().max())
-    for reduce, dim in (("experts", 1), ("pool", 2)):
-        expected = y["none"].double().sum(dim)
-        assert (y[reduce].double() - expected).abs().max() < tolerance
-
-
 def test_extreme_logits() -> None:
     case = dataclasses.replace(BASE, temperature=1e-3)
     found, expected = (run(case, case.inputs(torch.float32), b) for b in ("cpu", "reference"))
     for got, want in zip(found, expected, strict=True):
         assert got.isfinite().all()
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-2 * float(want.abs().max() + 1))
-
-
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("masks", ["none", "sample"])
-@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "cpu"])
-def test_gradcheck(backend: str, masks: str, reduce: str) -> None:
-    for kinds, top_k in ((KINDS, None), (MANY, 3)):
-        case = PairCase(3, 4, 2, 3, kinds=kinds, top_k=top_k, masks=masks)
-        options = case.options()
-
-        def call(
-            q: Tensor, k: Tensor, a: Tensor, c: Tensor, bias: Tensor, options: dict = options
-        ) -> tuple[Tensor, Tensor]:
-            return pair_moe(q, k, a, c, gate_bias=bias, reduce=reduce, backend=backend, **options)
-
-        leaves = [x.detach().requires_grad_() for x in case.inputs(torch.float64)]
-        assert torch.autograd.gradcheck(call, leaves)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
@@ -195,19 +157,6 @@ def test_pooled_sums_do_not_overflow_half_precision() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_activation_checkpointing(backend: str) -> None:
-    leaves = [x.detach().requires_grad_() for x in BASE.inputs(torch.float64)]
-
-    def call(*tensors: Tensor) -> Tensor:
-        q, k, a, c, bias = tensors
-        return pair_moe(q, k, a, c, gate_bias=bias, kinds=DEFAULT_KINDS, backend=backend).y
-
-    out = torch.utils.checkpoint.checkpoint(call, *leaves, use_reentrant=False)
-    for got, want in zip(gradients([out], leaves), gradients([call(*leaves)], leaves), strict=True):
-        assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_autocast(backend: str) -> None:
     """Operands of mixed dtypes are cast to autocast's dtype; the gate and mass stay in float32."""
     q, k, a, c, bias = BASE.inputs(torch.float32)
@@ -218,26 +167,6 @@ def test_autocast(backend: str) -> None:
     assert found.mass.dtype == torch.float32
     assert torch.equal(found.y, expected.y)
     assert torch.equal(found.mass, expected.mass)
-
-
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype: torch.dtype, reduce: str) -> None:
-    case = dataclasses.replace(BASE, reduce=reduce, masks="both")
-    q, k, a, c, bias = case.inputs(dtype)
-    options = case.options()
-    tail = (bias, options["mask_a"], options["mask_b"], kind_codes(DEFAULT_KINDS), 4, 0.4)
-    inputs = (q, k, a, c, *tail)
-    y, mass = OPS.pair_moe(*inputs, reduce, "cpu")
-    grads = (torch.ones_like(y), torch.ones_like(mass))
-    for wants in ([True] * 5, [False, True, False, True, False]):
-        arguments = (*grads, *inputs, reduce, wants, "cpu")
-        torch.library.opcheck(OPS.pair_moe_backward.default, arguments)
-    head = draw(2, 4, 6, dtype=dtype)
-    torch.library.opcheck(OPS.pair_map.default, (*inputs, head, "cpu"))
-    torch.library.opcheck(OPS.top_pairs.default, (*inputs, head, 3, "cpu"))
-    leaves = [x.detach().requires_grad_() for x in (q, k, a, c)]
-    torch.library.opcheck(OPS.pair_moe.default, (*leaves, *tail, reduce, "cpu"))
 
 
 def test_registered_operators_check_sizes() -> None:

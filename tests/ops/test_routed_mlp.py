@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -61,26 +60,14 @@ def test_halves_of_a_fused_weight_are_not_copied(monkeypatch: pytest.MonkeyPatch
     assert inputs[2].shape not in shapes
 
 
-def swapped(case: RoutedCase, inputs: list[Tensor], index: Tensor) -> list[Tensor]:
-    """Results with the roles of w_in and w_gate exchanged, and of b_in and b_gate."""
-    x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate = inputs
-    order = [x, weight, w_gate, b_gate, w_out, b_out, w_in, b_in]
-    out, *grads = run(case, order, index, "cpu")
-    of_x, of_weight, of_gate, of_b_gate, of_out, of_b_out, of_in, of_b_in = grads
-    return [out, of_x, of_weight, of_in, of_b_in, of_out, of_b_out, of_gate, of_b_gate]
-
-
 @pytest.mark.parametrize("case", [BASE, GATED], ids=str)
 def test_comparison_detects_a_wrong_result(case: RoutedCase) -> None:
-    """Negative control: another activation or the activation on the other half, and an error of a thousandth."""
+    """Negative control: another activation, and an error of a thousandth."""
     inputs, index = case.inputs(torch.float32), case.index()
     low = run(case, inputs, index, "reference")
     oracle = run(case, case.inputs(torch.float64), index, "reference")
     found = run(case, inputs, index, "cpu")
-    if case.gated:
-        other = swapped(case, inputs, index)
-    else:
-        other = run(dataclasses.replace(case, act="gelu_tanh"), inputs, index, "cpu")
+    other = run(dataclasses.replace(case, act="gelu_tanh"), inputs, index, "cpu")
     for name, one, bad, *rest in zip(case.names, found, other, low, oracle, strict=True):
         if name != "grad_b_out":  # it does not depend on the activation
             assert_outside_budget(bad, *rest, name)
@@ -116,20 +103,8 @@ def test_reference_is_the_definition(load: str, gated: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@either
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_gradcheck(backend: str, gated: bool) -> None:
-    for act, bias in itertools.product(ACTIVATIONS, (True, False)):
-        case = RoutedCase(7, 3, 4, 3, 2, act, "dropped", bias, gated)
-        index = case.index()
-        assert (index < 0).any()
-        leaves = [x.requires_grad_() for x in case.inputs(torch.float64)]
-        assert torch.autograd.gradcheck(partial(case.call, index=index, backend=backend), leaves)
-
-
 class TestCpu(RoutedTests):
     backend, acts = "cpu", ("silu",)
-    checked = tuple(itertools.product((torch.float32, torch.bfloat16), (True, False)))
 
 
 @settings(max_examples=50)
@@ -197,7 +172,6 @@ def test_halves_of_a_fused_weight(dtype: torch.dtype, monkeypatch: pytest.Monkey
     forward = cpu.forward
 
     def recorded(call: RoutedCall, save_hidden: bool) -> tuple[Tensor, Tensor]:
-        assert call.w_gate is not None
         read.extend([call.w_in, call.w_gate])
         return forward(call, save_hidden)
 

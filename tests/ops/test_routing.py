@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from flmoe_kernels.ops.routing.api import dispatch, gate
 from tests.support.inputs import SPECIAL_LOGITS, draw, gradients
@@ -76,26 +75,6 @@ def test_capacity_keeps_the_first_tokens(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gate_has_gradients(backend: str) -> None:
-    logits = draw(12, 5, dtype=torch.float64).requires_grad_()
-    for over, capacity, renormalize in itertools.product(
-        ("selected", "all"), (None, 4), (True, False)
-    ):
-
-        def weight(
-            logits: Tensor,
-            over: str = over,
-            capacity: int | None = capacity,
-            renormalize: bool = renormalize,
-        ) -> Tensor:
-            return gate(
-                logits, 3, over=over, capacity=capacity, renormalize=renormalize, backend=backend
-            ).weight
-
-        assert torch.autograd.gradcheck(weight, [logits])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_dispatch_groups_rows_in_order(backend: str) -> None:
     index = torch.tensor([[2, 0], [-1, 2], [0, -1], [2, 1]])
     counts, offsets, permutation = dispatch(index, 4, backend=backend)
@@ -103,12 +82,3 @@ def test_dispatch_groups_rows_in_order(backend: str) -> None:
     assert offsets.tolist() == [0, 2, 3, 6, 6]
     assert permutation.tolist() == [1, 4, 7, 0, 3, 6, 2, 5]
     assert {x.dtype for x in (counts, offsets, permutation)} == {torch.int32}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
-    logits = draw(9, 4, dtype=dtype).requires_grad_()
-    index = gate(logits, 2).index
-    torch.library.opcheck(OPS.routing_gate.default, (logits, 2, False, "cpu"))
-    torch.library.opcheck(OPS.routing_limit.default, (index, None, 4, 3, "cpu"))
-    torch.library.opcheck(OPS.routing_dispatch.default, (index, 4, "cpu"))

@@ -90,7 +90,15 @@ def test_gate_does_not_depend_on_the_order_of_threads(dtype: torch.dtype) -> Non
 
 # The smallest number of rows with several blocks; rows that end inside a block, a warp and a step; more blocks
 # than threads of a scan; more bins than a window.
-LARGE = [(8192, 1, 7), (8193, 1, 7), (8704, 1, 255), (5000, 2, 8), (40_961, 7, 3), (30, 1, 5000)]
+LARGE = [
+    (700, 3, 257),
+    (8192, 1, 7),
+    (8193, 1, 7),
+    (8704, 1, 255),
+    (5000, 2, 8),
+    (40_961, 7, 3),
+    (30, 1, 5000),
+]
 
 
 @pytest.mark.parametrize("make", RUNNERS)
@@ -120,19 +128,19 @@ def test_experts_out_of_range_are_dropped(make: Runner) -> None:
     assert equal(runner.dispatch(index, experts), cpu.dispatch(inside, experts))
 
 
-def test_few_rows_use_one_launch_and_many_rows_three() -> None:
-    index = torch.zeros(8192, 1, dtype=torch.int64)
-    more = torch.zeros(8193, 1, dtype=torch.int64)
-    for rows, launches in ((index, 1), (more, 3)):
-        twin = Twin()
-        twin.limit(rows, None, 4, 3)
-        assert twin.launches == launches
-        twin.dispatch(rows, 4)
-        assert twin.launches == launches
-        twin.limit(rows, None, 4, None)
-        assert twin.launches == 1, "without a capacity nothing is counted"
-        twin.gate(torch.zeros(rows.shape[0], 4), 2, False)
-        assert twin.launches == 1
+@pytest.mark.parametrize("rows", [0, 1, 8192, 8193, 700_001, 2**31 - 1])
+@pytest.mark.parametrize("bins", [1, 255, 257, 2**20 + 1, 2**31 - 2])
+def test_plan_covers_the_rows(rows: int, bins: int) -> None:
+    blocks, each, alone = native.routing_plan(rows, bins)
+    counters = native.routing_counters(rows, bins)
+    if alone:
+        assert (blocks, each, counters) == (1, rows, 0)
+        assert rows <= 8192
+    else:
+        assert each % 1024 == 0
+        assert (blocks - 1) * each < rows <= blocks * each
+        assert 1 <= blocks <= 1024
+        assert counters == blocks * bins <= max(2**24, bins)
 
 
 def test_shuffled_orders_detect_a_race() -> None:

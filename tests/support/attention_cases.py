@@ -57,7 +57,6 @@ def run(
     runs = (case.cu_seqlens if cu_seqlens is None else cu_seqlens).to(device)
     options = {"dropout_p": case.p, "seed": make_seed(seed).to(device), "scale": case.scale}
     out = expert_attention(*leaves, runs, backend=backend, **options)
-    assert isinstance(out, Tensor)
     return [out.detach(), *gradients([out], leaves)]
 
 

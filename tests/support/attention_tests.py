@@ -12,7 +12,7 @@ from flmoe_kernels import expert_attention
 from flmoe_kernels.core import dropout as rng
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from tests.support.attention_cases import NAMES, Case, check, run
-from tests.support.inputs import INF, NAN, as_dtype, cumulative, draw, gradients, make_seed
+from tests.support.inputs import INF, NAN, as_dtype, cumulative, gradients, make_seed
 
 OPS = torch.ops.flmoe
 FLOAT32, FLOAT64 = torch.float32, torch.float64
@@ -78,7 +78,6 @@ class AttentionTests:
         v = eye.repeat(groups, problems, 1, 1).requires_grad_()
         options = {"dropout_p": p, "seed": make_seed(), "backend": self.backend}
         out = expert_attention(zeros, zeros, v, cumulative([length] * problems), **options)
-        assert isinstance(out, Tensor)
         (grad_v,) = torch.autograd.grad(out, v, v.detach())
         ids = torch.arange(groups * problems).view(groups, problems, 1, 1, 1)
         row, head = torch.arange(length).view(-1, 1, 1), torch.arange(heads).view(-1, 1)
@@ -131,29 +130,6 @@ class AttentionTests:
             for result, x in zip(run(case, [q, k, v], backend), (q, q, k, v), strict=True):
                 assert result.shape == x.shape
                 assert (result == 0).all()
-
-    def test_strided_inputs_equal_contiguous_ones(self, dtype: torch.dtype) -> None:
-        case = Case((5, 11, self.length // 5), self.heads, 6, 0.5, groups=2)
-        plain = case.qkv(dtype)
-        expected = self.run(case, plain)
-        layouts = (
-            [*torch.stack(plain, dim=2).unbind(2)],
-            [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain],
-            [x.transpose(1, 3).contiguous().transpose(1, 3) for x in plain],
-            [torch.cat([x, x + 1], dim=-1)[..., : case.width] for x in plain],
-            [torch.stack([x, x + 1], dim=-1).flatten(-2)[..., ::2] for x in plain],
-        )
-        for layout in layouts:
-            for name, got, want in zip(NAMES, self.run(case, layout), expected, strict=True):
-                assert torch.equal(got, want), name
-        # A gradient that is a single expanded value.
-        leaves = [x.detach().requires_grad_() for x in plain]
-        grads = []
-        for cotangent in (torch.ones(()).to(dtype).expand_as(plain[0]), torch.ones_like(plain[0])):
-            tail = (case.cu_seqlens, make_seed(), 0.5, 1.0, self.backend)
-            out, _ = OPS.expert_attention(*leaves, *tail)
-            grads.append(torch.autograd.grad(out, leaves, cotangent))
-        assert all(map(torch.equal, *grads))
 
     def test_packed_equals_unpacked(self, dtype: torch.dtype) -> None:
         case = Case((5, 0, self.length // 5), self.heads, 6, 0.5, groups=2, lead=1, tail=2)
@@ -219,22 +195,3 @@ class AttentionTests:
         for inputs in ([q, k, v], [q.abs(), -k.abs(), v]):
             for result in self.run(case, inputs):
                 assert result.isfinite().all()
-
-    @pytest.mark.parametrize("p", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
-    def test_opcheck(self, p: float, dtype: torch.dtype) -> None:
-        case = Case((4, 0, 7), self.heads, 5, tail=1, groups=1)
-        q, k, v = case.qkv(dtype)
-        qkv = torch.stack([q, k, v], 2)
-        tail = (case.cu_seqlens, make_seed() if p else None, p, 0.4)
-        out, lse = OPS.expert_attention(q, k, v, *tail, self.backend)
-        grad = draw(*out.shape, dtype=dtype, seed=8)
-        leaves = [x.detach().requires_grad_() for x in (q, k, v, qkv)]
-        for op, arguments in (
-            (OPS.expert_attention.default, leaves[:3]),
-            (OPS.expert_attention_packed.default, leaves[3:]),
-            (OPS.expert_attention_packed_backward.default, [grad, qkv, out, lse]),
-        ):
-            torch.library.opcheck(op, (*arguments, *tail, self.backend))
-        op = OPS.expert_attention_backward.default
-        for wants in ([True, True, True], [False, True, False]):
-            torch.library.opcheck(op, (grad, q, k, v, out, lse, *tail, wants, self.backend))

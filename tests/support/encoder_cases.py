@@ -7,8 +7,13 @@ from typing import Any
 
 import torch
 
+from flmoe_kernels.ops.encoder.inference import layer_shapes
 from tests.support.inputs import as_dtype, cumulative, draw, make_seed
 from tests.support.operator_cases import EPS
+
+# Sizes and forms of encoder_layers.
+EXPERTS, LAYERS, WIDTH, HIDDEN = 2, 2, 4, 6
+FORMS = ("one view", "views", "folded views")
 
 
 def norm_arguments(rows: int, width: int, p: float, residual: bool, experts: int = 2) -> list[Any]:
@@ -98,3 +103,55 @@ def backward_calls(p: float) -> list[tuple[str, tuple[Any, ...]]]:
         *(("expert_linear_backward", (grad, x, weight, *wanted)) for wanted in wants),
         ("interaction_losses_backward", (draw(4), draw(4, 3, 2, 5), None)),
     ]
+
+
+def layers_arguments(
+    form: str, rate: float = 0.25, width: int = WIDTH, hidden: int = HIDDEN, **changes: Any
+) -> list[Any]:
+    """Arguments of encoder_layers: two samples of two segments, of 3 and 2 rows."""
+    shapes = EXPERTS * LAYERS * layer_shapes(width, hidden)
+    weights = [draw(*shape, seed=i, scale=0.7) for i, shape in enumerate(shapes)]
+    segments = torch.tensor([0, 2, 3, 4, 5], dtype=torch.int32)
+    modality = torch.tensor([0, 0, 1, 0, 1], dtype=torch.int32)
+    source = None
+    if form == "folded views":
+        # The second view has only the first sample.
+        source = torch.tensor([0, 1, 2, 3, 4, 5, 6, 2])
+        segments = torch.tensor([0, 2, 3, 4, 5, 7, 8, 8, 8], dtype=torch.int32)
+    named: dict[str, Any] = {
+        "rows": draw(EXPERTS, 1 if form == "one view" else 2, 5, width, seed=90),
+        "modality": modality if form == "views" else None,
+        "source": source,
+        "cu_samples": segments[::2].contiguous(),
+        "cu_segments": segments,
+        "count": None,
+        "weights": weights,
+        "seeds": torch.arange(4 * LAYERS) if rate else None,
+        "rates": [rate, 0.0, rate, rate] * LAYERS,
+        "heads": 2,
+        "views": 3 if form == "views" else 1,
+        "eps": 1e-5,
+        "self_residual": False,
+        "save": True,
+        **changes,
+    }
+    return list(named.values())
+
+
+def encoder_inference_arguments(**changes: Any) -> tuple[Any, ...]:
+    """Arguments of encoder_inference: two experts, one layer of width 8; three samples of two segments."""
+    weights = [draw(*shape, seed=i) for i, shape in enumerate(2 * layer_shapes(8, 12))]
+    bounds = torch.tensor([0, 2, 3, 3, 4, 4, 6], dtype=torch.int32)
+    named = {
+        "rows": draw(1, 5, 8, seed=50),
+        "index": torch.tensor([4, 0, 1, 1, 2, 3]),
+        "cu_samples": bounds[::2].contiguous(),
+        "cu_segments": bounds,
+        "weights": weights,
+        "experts": 2,
+        "heads": 2,
+        "eps": 1e-5,
+        "self_residual": False,
+        **changes,
+    }
+    return tuple(named.values())

@@ -37,15 +37,6 @@ def is_float(x: object) -> bool:
     return isinstance(x, Tensor) and x.dtype.is_floating_point
 
 
-def leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
-
-
-def every_second(x: Tensor) -> Tensor:
-    """The same values with a stride, so that other values are between them."""
-    return torch.stack([x, x + 1], -1).flatten(-2)[..., ::2]
-
-
 def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
     """Calls that would read past a tensor or with a wrong dtype, and their messages."""
     x, gain, stats, cu = draw(2, 6, 4), draw(2, 4), draw(2, 6), cumulative([3])
@@ -259,18 +250,6 @@ class EncoderTests:
         pair = self.operator("dropout_add_norm"), reference.dropout_add_norm
         first, second = (lambda *args, op=op: op(*args)[which] for op in pair)
         compare(first, second, arguments, torch.float32, may_vanish=which == 0)
-
-    def test_strided_arguments_equal_contiguous_ones(self) -> None:
-        for name, arguments in self.calls(0.5).items():
-            operator, outputs = (
-                self.operator(name.split()[0]),
-                1 + name.startswith("dropout_add_norm"),
-            )
-            plain = [leaf(x) if is_float(x) else x for x in arguments]
-            strided = [leaf(every_second(x)) if is_float(x) else x for x in arguments]
-            assert not any(x.is_contiguous() for x in strided if is_float(x))
-            pair = [evaluate(operator, each, outputs) for each in (plain, strided)]
-            assert all(map(torch.equal, *pair)), name
 
     @pytest.mark.parametrize("active", [True, False])
     def test_triplet_margin(self, active: bool) -> None:

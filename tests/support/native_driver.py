@@ -20,8 +20,6 @@ from typing import Any
 def load(path: str) -> Any:
     """Load the module before torch, which would give it an OpenMP pool: its own pool of threads runs."""
     spec = importlib.util.spec_from_file_location("flmoe_kernels._native", path)
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -39,7 +37,7 @@ from flmoe_kernels.core.native import native as loaded
 from flmoe_kernels.ops.encoder.api import encoder_inference
 from flmoe_kernels.ops.encoder.inference import layer_shapes
 from flmoe_kernels.ops.routing.api import dispatch, gate
-from tests.support import attention_cases, encoder_cases, frozen_inputs, pair_cases, routed_cases
+from tests.support import attention_cases, encoder_cases, every_operator, pair_cases, routed_cases
 from tests.support.inputs import as_dtype, cumulative, draw
 from tests.support.operator_cases import DTYPES, OPS, evaluate, loss_arguments
 from tests.support.routing_twin import Twin, random_index
@@ -153,9 +151,9 @@ def drive() -> int:
             count += 1
             assert all(x.isfinite().all() for x in results), f"call {count} in {dtype}"
     for dtype in DTYPES:
-        for call in frozen_inputs.calls("cpu", dtype).values():
-            for wanted in frozen_inputs.few_subsets(len(call.inputs)):
-                frozen_inputs.gradients_of(call, wanted)
+        for call in every_operator.calls("cpu", dtype).values():
+            for wanted in every_operator.few_subsets(len(call.inputs)):
+                every_operator.gradients_of(call, wanted)
                 count += 1
     return count
 

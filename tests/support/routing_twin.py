@@ -18,7 +18,7 @@ class Twin:
     """The GPU's blocks on the host. rows_per_block 0: the GPU's plan; order 0: no shuffling."""
 
     def __init__(self, order: int = 0, rows_per_block: int = 0) -> None:
-        self.order, self.rows_per_block, self.launches = order, rows_per_block, 0
+        self.order, self.rows_per_block = order, rows_per_block
 
     def gate(self, logits: Tensor, top_k: int, over_all: bool) -> tuple[Tensor, Tensor]:
         tokens, experts = logits.shape
@@ -27,7 +27,7 @@ class Twin:
         tensors = [address(t) for t in (logits, index, weight)]
         sizes = (tokens, experts, top_k)
         code = dtype_code(logits)
-        self.launches = native.routing_twin_gate(code, tensors, sizes, over_all, self.order)
+        native.routing_twin_gate(code, tensors, sizes, over_all, self.order)
         return index, weight
 
     def limit(
@@ -37,7 +37,7 @@ class Twin:
         tensors = [address(t) for t in (index, mask, kept)]
         sizes, most = (*index.shape, experts), -1 if capacity is None else capacity
         tail = (self.rows_per_block, self.order)
-        self.launches = native.routing_twin_limit(tensors, sizes, most, *tail)
+        native.routing_twin_limit(tensors, sizes, most, *tail)
         return kept
 
     def dispatch(self, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +45,7 @@ class Twin:
         counts, offsets, places = (torch.full((n,), -7, dtype=torch.int32) for n in sizes)
         tensors = [address(t) for t in (index, counts, offsets, places)]
         tail = (self.rows_per_block, self.order)
-        self.launches = native.routing_twin_dispatch(tensors, index.numel(), experts, *tail)
+        native.routing_twin_dispatch(tensors, index.numel(), experts, *tail)
         return counts, offsets, places
 
 

@@ -1,4 +1,4 @@
-"""Gradients of some inputs of an operator on Triton: equal to those of all, and no kernel runs for the others."""
+"""Properties of every operator on Triton: registration, layouts, gradients of some inputs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,48 @@ import pytest
 import torch
 
 from flmoe_kernels.core.triton.launches import Launch
-from tests.support.frozen_inputs import calls, check, few_subsets, gradients_of
+from tests.support.every_operator import (
+    Recorded,
+    calls,
+    check_frozen,
+    check_layouts,
+    check_operator,
+    few_subsets,
+    gradients_of,
+    operators_of,
+    without_gradient,
+)
 
 CALLS = calls("triton", torch.float32)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_frozen_inputs_have_no_gradient_and_change_no_other(name: str) -> None:
-    call = CALLS[name]
-    for wanted in few_subsets(len(call.inputs)):
-        check(call, wanted)
+    check_frozen(CALLS[name], few_subsets(len(CALLS[name].inputs)))
+
+
+# Without dropout the same kernels run.
+FEW = [name for name in CALLS if "p=0.0" not in name]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_results_have_the_same_bits_in_every_layout(name: str) -> None:
+    check_layouts(CALLS[name])
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_opcheck(name: str) -> None:
+    """tests/ops traces the operators with the kernels of the CPU; shapes of results depend on the backend."""
+    for op, arguments in operators_of(CALLS[name]):
+        check_operator(op, arguments, "test_schema", "test_faketensor")
+
+
+@pytest.mark.parametrize("name", without_gradient("triton", torch.float32))
+def test_opcheck_without_a_gradient(name: str) -> None:
+    with Recorded() as seen:
+        without_gradient("triton", torch.float32)[name]()
+    for op, arguments, _ in seen.found:
+        check_operator(op, arguments, "test_schema", "test_faketensor")
 
 
 # Operator, wanted inputs, kernels of the backward in order.
