@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import itertools
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -17,8 +14,7 @@ from bench.peers import find, peers
 from bench.peers.routed_mlp import unavailable_reason
 from flmoe_gate.floors import load_floors
 from flmoe_kernels.profile.cases import BACKWARD, BOTH, FORWARD, OPERATORS, Case, cases
-from flmoe_kernels.profile.check import WrongAnswer, agree
-from flmoe_kernels.profile.prepared import Prepared
+from flmoe_kernels.profile.check import agree
 from flmoe_kernels.profile.registry import contestants, prepare
 from tests.support.profile_shapes import LAYER, PAIR, ROUTED, TINY
 
@@ -55,15 +51,6 @@ def test_peers_with_own_precision_or_compiler(case: Case, name: str) -> None:
     agree(case, find(case, name))
     prepare(case, find(case, name)).call()
     assert torch.get_float32_matmul_precision() == precision
-
-
-@pytest.mark.slow
-def test_a_compiled_backward_runs_many_times() -> None:
-    """The graph is kept, so the first call must not donate its buffers."""
-    case = Case("pair_moe", PAIR, BACKWARD, variant="none")
-    call = prepare(case, find(case, "compiled")).call
-    for _ in range(3):
-        call()
 
 
 def test_peers_that_cannot_run_say_why() -> None:
@@ -106,19 +93,6 @@ def test_the_tables_have_exactly_the_marked_comparisons_of_operators() -> None:
     assert marked == cells - others
 
 
-def test_a_case_without_a_result_has_an_empty_cell() -> None:
-    environment = {"cpu": "C", "instruction_set": "avx2", "commit": "version 1"}
-    case, missing = table.MORE[
-        "`expert_linear` relative to torch.mm, one thread: in cache / out of L2"
-    ]
-    rows = [{"case": case, "ratio": {"median": ratio}} for ratio in (1.5, 1.25)]
-    text = table.short_table(
-        [{"environment": environment, "comparisons": rows}],
-        {"two": [case, missing], "one": [missing]},
-    )
-    assert text == "| | C, avx2, version 1 |\n|---|---|\n| two | 1.25x / - |\n| one | - |\n"
-
-
 def test_floors_refer_to_comparisons_that_run() -> None:
     floors = load_floors(ROOT / "bench" / "floors.toml")
     quick, full = (
@@ -134,49 +108,6 @@ def test_floors_refer_to_comparisons_that_run() -> None:
         assert (operator, BOTH) in held
     # `make bench` takes three minutes, a third of which is start-up, checks and preparation.
     assert sum(floor.seconds for floor in floors.floors if floor.threads == 1) <= 120
-
-
-class Against:
-    """Replaces the fixture; records what would be timed."""
-
-    def __init__(self) -> None:
-        self.benchmark = SimpleNamespace(extra_info={})
-        self.timed: list[str] = []
-        self.skipped = ""
-
-    def __call__(self, *_calls: Any, name: str, **_options: Any) -> None:
-        self.timed.append(name)
-
-    def skip(self, name: str, peer_name: str, device: str, reason: str) -> NoReturn:
-        self.skipped = reason
-        pytest.skip(reason)
-
-
-def test_a_wrong_answer_fails_and_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    comparison = suite.Comparison(Case("pair_moe", PAIR, FORWARD, variant="none"), "reference")
-    peer = find(comparison.case, "reference")
-    against: Any = Against()
-    suite.compare(against, comparison, full=False)
-    assert against.timed == [comparison.case.name]
-
-    def wrong(case: Case, name: str, dtype: torch.dtype) -> Prepared:
-        prepared = peer.make(case, name, dtype)
-        results = prepared.outputs()
-        return dataclasses.replace(
-            prepared, outputs=lambda: {key: 1.01 * x for key, x in results.items()}
-        )
-
-    def failing(*_arguments: Any) -> Prepared:
-        raise RuntimeError("it does not compile")
-
-    monkeypatch.setattr(suite, "find", lambda *_: dataclasses.replace(peer, make=wrong))
-    with pytest.raises(WrongAnswer):
-        suite.compare(against, comparison, full=False)
-    monkeypatch.setattr(suite, "find", lambda *_: dataclasses.replace(peer, make=failing))
-    with pytest.raises(pytest.skip.Exception):
-        suite.compare(against, comparison, full=False)
-    assert "it does not compile" in against.skipped
-    assert len(against.timed) == 1
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench").rglob("[a-z]*.py")), ids=lambda p: p.stem)

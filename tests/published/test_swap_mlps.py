@@ -139,34 +139,6 @@ def test_gate_losses_count_every_modality() -> None:
     torch.testing.assert_close(gate_loss(model), apart[0] + apart[1])
 
 
-def test_attributes_for_training_hooks_of_the_lineage() -> None:
-    model = Fusion()
-    seen: list[tuple] = []
-
-    def hook(module: Any, _inputs: Any, output: Tensor) -> None:
-        kept = (module.last_topk_indices, module.last_topk_scores, module.last_topk_pre_mix)
-        seen.append((output, module.last_tot_expert, *kept))
-
-    mlp = model.network[0].mlp
-    mlp.capture_topk_pre_mix = True
-    handle = mlp.register_forward_hook(hook)
-    swap(model)
-    seen.clear()
-    fast = model.network[0].mlp
-    assert fast.capture_topk_pre_mix is True
-    model(parts())
-    assert [out.shape for out, *_ in seen] == [x.shape for x in parts()]
-    for out, experts, index, weight, pre_mix in seen:
-        assert experts == 5
-        assert index.shape == weight.shape == pre_mix.shape[:2]
-        torch.testing.assert_close((weight[..., None] * pre_mix).sum(1), out.flatten(0, 1))
-    fast.gate.reset_topk_logit()
-    handle.remove()
-    seen.clear()
-    model(parts())
-    assert not seen
-
-
 def test_alone_shared_and_on_given_inputs() -> None:
     report = swap(make_mlp())
     assert isinstance(report.model, RoutedMLP)

@@ -12,7 +12,6 @@ AssertionError if they differ, and returns what it found in words.
 from __future__ import annotations
 
 import copy
-import math
 import sys
 import tempfile
 import traceback
@@ -250,17 +249,6 @@ def edits(published: Any) -> str:
     return f"{', '.join(versions)}: left alone with the reason"
 
 
-@row("features in bfloat16 or float16")
-def lower_precision(published: Any) -> str:
-    inputs, masks = data(published)
-    for model in (swapped(layer_of(published)).float(), swapped(fusion_of(published)).float()):
-        for dtype in (torch.bfloat16, torch.float16):
-            low = [x.to(dtype) for x in inputs]
-            call = getattr(model, "inference", model)
-            close(list(call(low, *masks)), list(call([x.float() for x in low], *masks)), 0.0)
-    return "cast to the layer's dtype"
-
-
 @row("FlopCounterMode")
 def flops(published: Any) -> str:
     inputs, masks = data(published)
@@ -273,22 +261,6 @@ def flops(published: Any) -> str:
     # The swapped layer computes no padded tokens; its mixture of experts is counted, the original's is not.
     assert 0.5 * counts[0] < counts[1] < 1.01 * counts[0], counts
     return f"{counts[1]:,} FLOP, published {counts[0]:,}"
-
-
-@row("fewer masks than inputs; NaN behind a mask")
-def masks_and_padding(published: Any) -> str:
-    if published.compat == "i2moe":
-        raise NotInThisCode
-    inputs, (masks,) = data(published)
-    for model in (swapped(layer_of(published)), swapped(fusion_of(published))):
-        call = getattr(model, "inference", model)
-        close(list(call(inputs, masks[:1])), list(call(inputs, [masks[0], None])), 0.0)
-        dirty = [
-            x.masked_fill(m.unsqueeze(-1) == 0, math.nan)
-            for x, m in zip(inputs, masks, strict=True)
-        ]
-        close(list(call(dirty, masks)), list(call(inputs, masks)), 0.0)
-    return "missing masks are valid; masked values have no effect"
 
 
 @row("checkpoints: saved, loaded strictly on both sides, one after another")
