@@ -23,78 +23,32 @@ from tests.support.refusals import assert_refused
 pytest.importorskip("sklearn")
 BATCH = 12
 METRICS = ("accuracy", "micro_f1", "macro_f1", "auroc")
+BINARY = torch.tensor([[0.0, -2.0], [0.0, 1.0], [0.0, 3.0], [0.0, -1.0], [0.0, 2.0]])
+# The fourth class has no sample, therefore no area.
+SEVERAL = torch.tensor(
+    [[6, 3, 1, 1e-6], [2, 5, 3, 1e-6], [3, 6, 1, 1e-6], [1, 2, 7, 1e-6], [5, 1, 4, 1e-6]]
+).log()
+MULTI = torch.tensor([[2.0, -1.0], [-1.0, 3.0], [2.0, 1.0], [-2.0, 2.0]])
+# Logits, labels, METRICS and classes without an area; AUROC as shares of pairs in the right order, a tie for half.
+BY_HAND: list[tuple[Tensor, Any, list[float], list[int]]] = [
+    (BINARY, [0, 0, 1, 1, 1], [3 / 5, 3 / 5, (1 / 2 + 2 / 3) / 2, 5 / 6], []),
+    (BINARY, [0] * 5, [2 / 5, 2 / 5, 4 / 7 / 2, np.nan], [0, 1]),
+    (SEVERAL, [0, 0, 1, 2, 2], [3 / 5, 3 / 5, (1 / 2 + 4 / 3) / 3, 7 / 8], [3]),
+    (MULTI, [[1, 0], [1, 1], [0, 1], [0, 0]], [1 / 4, 2 / 3, 0.65, (5 / 8 + 3 / 4) / 2], []),
+    (MULTI, [[1, 0], [1, 0], [0, 0], [0, 0]], [1 / 4, 2 / 7, 1 / 4, 5 / 8], [1]),
+]
 
 
-def f1(pairs: list[tuple[bool, bool]]) -> float:
-    """F1 of (is, predicted)."""
-    right = sum(a and b for a, b in pairs)
-    counted = sum(a + b for a, b in pairs)
-    return 2 * right / counted if counted else 0.0
-
-
-def area(positive: list[float], negative: list[float]) -> float:
-    """Share of pairs in the right order, ties for half."""
-    pairs = list(itertools.product(positive, negative))
-    return sum((p > n) + 0.5 * (p == n) for p, n in pairs) / len(pairs)
-
-
-def by_counts(logits: Tensor, labels: Tensor) -> list[float]:
-    """Definitions of METRICS, one sample and class at a time; classes without an area are left out."""
-    several, classes = labels.dim() == 2, range(logits.shape[1])
-    probs = logits.sigmoid() if several else logits.softmax(dim=1)
-    guess = [{c for c in classes if z[c] > 0} if several else {int(z.argmax())} for z in logits]
-    truth = [{c for c in classes if y[c]} if several else {int(y)} for y in labels]
-    sets = list(zip(truth, guess, strict=True))
-    per_class = [[(c in t, c in g) for t, g in sets] for c in classes]
-    shown = [c for c in classes if several or any(c in t | g for t, g in sets)]
-
-    def scores(c: int, of: Any) -> list[float]:
-        return [float(p[c]) for p, t in zip(probs, truth, strict=True) if of(t)]
-
-    if several:
-        pairs = [
-            (scores(c, lambda t, c=c: c in t), scores(c, lambda t, c=c: c not in t))
-            for c in classes
-        ]
-    elif len(classes) == 2:
-        pairs = [(scores(1, lambda t: t == {1}), scores(1, lambda t: t == {0}))]
-    else:
-        pairs = [
-            (scores(a, lambda t, a=a: t == {a}), scores(a, lambda t, b=b: t == {b}))
-            for a, b in itertools.permutations(classes, 2)
-        ]
-    areas = [area(*pair) for pair in pairs if all(pair)]
-    return [
-        sum(t == g for t, g in sets) / len(sets),
-        f1([pair for own in per_class for pair in own]),
-        float(np.mean([f1(per_class[c]) for c in shown])),
-        float(np.mean(areas)) if areas else np.nan,
-    ]
-
-
-def task(classes: int, several: bool, seed: int = 0) -> tuple[Tensor, Tensor]:
-    logits = draw(40, classes, dtype=torch.float64, seed=seed)
-    logits = logits.round(decimals=1) if several else logits  # ties
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 2, (40, classes), generator=generator)
-    return logits, labels if several else (logits + 2 * draw(40, classes, seed=9)).argmax(dim=1)
-
-
-@pytest.mark.parametrize(("classes", "several"), [(2, False), (5, False), (4, True)])
-def test_performance_is_counted(classes: int, several: bool) -> None:
-    logits, labels = task(classes, several)
-    found = performance(logits.float(), labels)
-    np.testing.assert_allclose(found[:4], by_counts(logits.float(), labels), rtol=1e-12)
-    assert not np.allclose(found[:4], by_counts(logits.roll(1, 0), labels), rtol=1e-2)
-    assert not found.notes
-    # A class that no sample has: no area, and a note.
-    gone = labels * (torch.arange(classes) != 1) if several else labels.masked_fill(labels == 1, 0)
-    rest = performance(logits, gone.numpy())
-    np.testing.assert_allclose(rest[:4], by_counts(logits, gone), rtol=1e-12)
-    missing = [c for c, x in enumerate(rest.class_auroc) if np.isnan(x)]
-    assert missing == ([0, 1] if classes == 2 else [1])
-    assert np.isnan(rest.auroc) == (classes == 2)
-    assert rest.notes[0].startswith(f"no AUROC for {len(missing)} of {classes} classes (")
+@pytest.mark.parametrize(("logits", "labels", "expected", "missing"), BY_HAND)
+def test_performance_by_hand(
+    logits: Tensor, labels: Any, expected: list[float], missing: list[int]
+) -> None:
+    found = performance(logits, np.array(labels))
+    np.testing.assert_allclose(found[:4], expected, atol=1e-6)
+    assert [c for c, x in enumerate(found.class_auroc) if np.isnan(x)] == missing
+    names, classes = ", ".join(map(str, missing)), logits.shape[1]
+    start = f"no AUROC for {len(missing)} of {classes} classes ({names})"
+    assert [note[: len(start)] for note in found.notes] == [start] * bool(missing)
 
 
 def test_two_classes_are_ranked_by_logits() -> None:
@@ -106,8 +60,7 @@ def test_two_classes_are_ranked_by_logits() -> None:
 
 
 def test_a_single_logit_is_a_binary_task() -> None:
-    logits, labels = task(2, False)
-    single = logits[:, 1:] - logits[:, :1]
+    single, labels = BINARY[:, 1:].clone(), torch.tensor([0, 0, 1, 1, 1])
     single[0] = -torch.inf
     whole = performance(torch.cat([torch.zeros_like(single), single], dim=1), labels)
     assert performance(single, labels[:, None])[:4] == pytest.approx(whole[:4])
@@ -139,7 +92,8 @@ def test_masked_logits_give_the_drops_and_the_metrics(multi_label: bool, tmp_pat
     torch.testing.assert_close(lost[:, 0], drops.identified[:, 0])
     torch.testing.assert_close(lost[:, 1:], drops.random[:, 0])
     first, *rows = drops.performance()
-    np.testing.assert_allclose([first[x] for x in METRICS], by_counts(drops.logits, drops.labels))
+    whole = performance(drops.logits, drops.labels)
+    np.testing.assert_allclose([first[x] for x in METRICS], whole[:4])
     assert len(rows) == 2 * 3 * 2
     for row, (kind, budget, tokens) in zip(
         rows, itertools.product(range(2), range(3), ("identified", "random")), strict=True
@@ -151,7 +105,7 @@ def test_masked_logits_give_the_drops_and_the_metrics(multi_label: bool, tmp_pat
         )
         chosen = drops.masked_logits[kind, :, :, budget]
         sets = chosen[:1] if tokens == "identified" else chosen[1:]
-        expected = np.mean([by_counts(x, drops.labels) for x in sets], axis=0)
+        expected = np.mean([performance(x, drops.labels)[:4] for x in sets], axis=0)
         np.testing.assert_allclose([row[x] for x in METRICS], expected)
     assert len({tuple(row[x] for x in METRICS) for row in rows}) > 4, "masking changes predictions"
 
@@ -174,12 +128,6 @@ def test_joined_batches_are_the_data_set() -> None:
     assert (joined.evaluations, joined.notes) == (whole.evaluations, whole.notes)
     macro = [part.performance()[0]["macro_f1"] for part in parts]
     assert np.mean(macro) != pytest.approx(whole.performance()[0]["macro_f1"], abs=0.01)
-    # ERASER's aggregates: the mean over samples and budgets, and the area under the means of the budgets.
-    own = joined.values().numpy()
-    means, budgets = own.mean(axis=0), (10, 30, 50)
-    pieces = [(means[k] + means[k + 1]) / 2 * (budgets[k + 1] - budgets[k]) for k in range(2)]
-    assert float(joined.aopc().identified) == pytest.approx(own.reshape(-1).mean())
-    assert float(joined.aopc(mode="auc").identified) == pytest.approx(sum(pieces) / 40)
     # Random sets are those of the batches.
     drawn = [
         labelled(rows=rows, seed=seed) for seed, rows in enumerate((slice(0, 5), slice(5, 12)))
@@ -193,7 +141,7 @@ def test_joined_batches_are_the_data_set() -> None:
 
 
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, labels = task(3, False)
+    logits, labels = draw(40, 3), torch.arange(40) % 3
     wrong: list[tuple[Any, str]] = [
         (lambda: performance(logits[0], labels), r"logits: expected \(B, C\) with B > 0"),
         (lambda: performance(logits[:, :1], labels * 0), "logits: expected at least 2 classes"),

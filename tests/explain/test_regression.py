@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
-from flmoe_kernels.explain import Sampling, probe_game
+from flmoe_kernels.explain import Sampling, TokenGame, probe_game
 from flmoe_kernels.explain.estimators import regression, strata, surrogate
 from flmoe_kernels.explain.estimators.indices import LINEAR
 from flmoe_kernels.explain.estimators.kernel import Kernel
@@ -20,43 +21,16 @@ from flmoe_kernels.explain.games.coalitions import all_pairs, unpack
 from tests.support.explain_games import (
     Planted,
     deviations,
+    index_of,
+    interaction_layer,
     random_game,
     random_terms,
-    subsets,
+    sampled,
     table,
     tabled,
     unanimity,
 )
-
-
-def derivative(values: NDArray[np.float64], members: tuple[int, ...], s: int) -> float:
-    """Alternating sum of v(S + L) over the subsets L of the members."""
-    return sum(
-        (-1.0) ** (len(members) - part.bit_count()) * values[s | part]
-        for part in subsets(list(members))
-    )
-
-
-def weighted(values: Any, players: int, members: tuple[int, ...], weight: Any) -> float:
-    others = subsets([k for k in range(players) if k not in members])
-    return sum(weight(s.bit_count()) * derivative(values, members, s) for s in others)
-
-
-def by_definition(values: Any, players: int, index: str, members: tuple[int, ...]) -> float:
-    """The index of a pair or player, from the published definitions."""
-    n, f = players, math.factorial
-    if index == "BII":
-        return weighted(values, n, members, lambda s: 2.0 ** (len(members) - n))
-    if index == "STII":
-        if len(members) == 1:
-            return derivative(values, members, 0)
-        return weighted(values, n, members, lambda s: 2 / n / math.comb(n - 1, s))
-    m = len(members)
-    own = weighted(values, n, members, lambda s: f(s) * f(n - s - m) / f(n - m + 1))
-    if index == "k-SII" and m == 1:
-        pairs = [tuple(sorted((members[0], j))) for j in range(n) if j != members[0]]
-        own -= sum(by_definition(values, n, "SII", pair) for pair in pairs) / 2
-    return own
+from tests.support.layers import LayerCase
 
 
 @pytest.mark.parametrize("antithetic", [True, False])
@@ -71,8 +45,8 @@ def test_indices_by_definition(players: int, method: str, antithetic: bool) -> N
     for index, result in found.items():
         assert result.exact
         assert result.evaluations <= 2**players
-        pairs = [by_definition(values, players, index, tuple(p)) for p in result.pairs.tolist()]
-        single = [by_definition(values, players, index, (i,)) for i in range(players)]
+        pairs = [index_of(values, players, index, tuple(p)) for p in result.pairs.tolist()]
+        single = [index_of(values, players, index, (i,)) for i in range(players)]
         np.testing.assert_allclose(result.values, pairs, atol=1e-12)
         np.testing.assert_allclose(result.player_values, single, atol=1e-12)
         assert not result.standard_errors.any()
@@ -86,11 +60,13 @@ def test_indices_by_definition(players: int, method: str, antithetic: bool) -> N
 @pytest.mark.parametrize("index", LINEAR)
 def test_indices_agree_with_shapiq(index: str) -> None:
     shapiq = pytest.importorskip("shapiq")
-    game = unanimity(random_terms(6, 25, 4, seed=9), 6)
+    case = LayerCase(lengths=(3, 3))
+    game = TokenGame(interaction_layer(case), case.inputs(torch.float64), target=1)
     found = probe_game(game, indices=[index])[index]
     expected = shapiq.ExactComputer(game, n_players=6)(index, order=2)
     for pair in itertools.combinations(range(6), 2):
         assert found.to_shapiq()[pair] == pytest.approx(expected[pair], abs=1e-9)
+    assert float(np.abs(found.values).max()) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -139,8 +115,7 @@ def test_intervals_cover(game: Planted, budget: int) -> None:
     assert (np.abs(deviation) <= 1.96 * error).mean() >= 0.9
     assert (np.abs(deviation) <= 1.96 / 3 * error).mean() < 0.75
     exact = probe_game(game, indices=["SII"])["SII"].player_values
-    found = probe_game(game, indices=["SII"], method="sampling", sampling=Sampling(**options))
-    single = found["SII"]
+    single = sampled(game, **options)
     assert (np.abs(single.player_values - exact) <= 4 * single.player_errors).all()
     assert abs(single.efficiency_residual) < 1e-9
 
@@ -160,8 +135,7 @@ def test_games_in_the_span_of_the_fit_are_exact(antithetic: bool) -> None:
     sparse = unanimity({**{(i,): 0.1 * i for i in range(40)}, (3, 17): 2.0, (5, 30): -1.0}, 40)
     xor = Planted(12, lambda x: (x[:, [1, 4, 7]].sum(axis=1) % 2) * 1.0 + (x[:, 0] ^ x[:, 2]))
     for game, budget in ((sparse, 1200), (xor, 600)):
-        sampling = Sampling(budget=budget, antithetic=antithetic, design="regression")
-        found = probe_game(game, indices=["SII"], method="sampling", sampling=sampling)["SII"]
+        found = sampled(game, "regression", budget=budget, antithetic=antithetic)
         expected = np.zeros((game.players, game.players))
         if game is sparse:
             expected[3, 17], expected[5, 30] = 2.0, -1.0
@@ -173,33 +147,21 @@ def test_games_in_the_span_of_the_fit_are_exact(antithetic: bool) -> None:
 
 def test_tolerance_and_notes() -> None:
     game = random_game(11, seed=2)
-    options: dict[str, Any] = {"budget": 1600, "design": "regression"}
-    whole = probe_game(game, indices=["SII"], method="sampling", sampling=Sampling(**options))[
-        "SII"
-    ]
+    whole = sampled(game, "regression", budget=1600)
     assert whole.stopped_by == "budget"
-    loose = Sampling(tolerance=4 * float(whole.standard_errors.max()), **options)
-    early = probe_game(game, indices=["SII"], method="sampling", sampling=loose)["SII"]
+    tolerance = 4 * float(whole.standard_errors.max())
+    early = sampled(game, "regression", budget=1600, tolerance=tolerance)
     assert early.stopped_by == "tolerance"
     assert early.draws < 0.6 * whole.draws
-    assert early.standard_errors.max() <= loose.tolerance
+    assert early.standard_errors.max() <= tolerance
     # Half of the coalitions of a game without structure say little.
-    poor = Sampling(budget=60, design="regression")
-    found = probe_game(game, indices=["SII"], method="sampling", sampling=poor)["SII"]
-    assert any("the budget is too small: zeros" in note for note in found.notes)
-    good = probe_game(
-        layered(11, 0), indices=["SII"], method="sampling", sampling=Sampling(**options)
-    )
-    assert not good["SII"].notes
+    poor = sampled(game, "regression", budget=60)
+    assert any("the budget is too small: zeros" in note for note in poor.notes)
+    assert not sampled(layered(11, 0), "regression", budget=1600).notes
     with pytest.raises(ValueError, match=r"budget: expected at least \d+, got 12"):
-        probe_game(
-            game,
-            indices=["SII"],
-            method="sampling",
-            sampling=Sampling(budget=12, design="regression"),
-        )
+        sampled(game, "regression", budget=12)
     with pytest.raises(ValueError, match=r"design: expected None or another design for RG"):
-        probe_game(game, method="sampling", sampling=poor)
+        probe_game(game, method="sampling", sampling=Sampling(budget=60, design="regression"))
     with pytest.raises(ValueError, match=r"design: expected one of regression, toggling"):
         Sampling(design="other")
 
@@ -224,9 +186,7 @@ def test_half_of_the_budget_is_for_each_design() -> None:
 def test_games_without_interactions(constant: float, slope: float, players: int) -> None:
     """Fits without residuals give no spread; their rounding errors are no sign of a small budget."""
     worth = slope * np.linspace(0.1, 3.0, players)
-    sampling = Sampling(budget=1100, design="regression")
-    game = Planted(players, lambda x: constant + x @ worth)
-    found = probe_game(game, indices=["SII"], method="sampling", sampling=sampling)["SII"]
+    found = sampled(Planted(players, lambda x: constant + x @ worth), "regression", budget=1100)
     assert np.abs(found.values).max() < 1e-8
     assert not found.notes
 
@@ -238,8 +198,7 @@ def test_smallest_budgets(players: int, antithetic: bool) -> None:
     game = random_game(players)
     exact = probe_game(game, indices=["SII"], method="exact")["SII"].values
     for budget in range(regression.Regression.least(players, antithetic), 2**players):
-        sampling = Sampling(budget=budget, antithetic=antithetic, design="regression")
-        found = probe_game(game, indices=["SII"], method="sampling", sampling=sampling)["SII"]
+        found = sampled(game, "regression", budget=budget, antithetic=antithetic)
         assert np.abs(found.values - exact).max() < 10
         json.dumps(found.to_dict(), allow_nan=False)
 
@@ -303,43 +262,28 @@ def test_allocation() -> None:
 
 
 @pytest.mark.parametrize("parity", [1, -1, 0])
-@pytest.mark.parametrize("kind", [PRODUCT, AND])
-def test_exact_sums_of_terms(kind: str, parity: int) -> None:
-    """Sums over all coalitions, by the formula and term by term."""
-    n = 6
+@pytest.mark.parametrize("kind", [PRODUCT, AND, "kernel"])
+def test_exact_sums_of_surrogates(kind: str, parity: int) -> None:
+    """Sums over all coalitions, by the formula and coalition by coalition."""
+    n, drawn = 6, np.random.default_rng(1)
     inside = (np.arange(2**n)[:, None] >> np.arange(n)) & 1 == 1
-    size = inside.sum(axis=1)
-    for order in range(1, 5):
-        sets = surrogate._sets(n, order)[:4]
-        terms = surrogate._terms(kind, n, parity, sets, 2 if kind == PRODUCT else 0)
-        weights = np.arange(1.0, 5.0)
-        drawn = np.random.default_rng(order)
+    size, weights = inside.sum(axis=1), drawn.normal(size=4)
+    fits: list[Any] = [Kernel(inside[[3, 17, 40, 63]], 0.3, parity)]
+    if kind == "kernel":
+        # The product over players by definition.
+        x, y = inside * 2.0 - 1.0, fits[0].points * 2.0 - 1.0
+        product, other = (np.prod(1 + 0.3 * sign * x[:, None] * y, axis=2) for sign in (1, -1))
+        own = (product + parity * other) / (1.3**n + parity * 0.7**n)
+        np.testing.assert_allclose(fits[0].predict(inside, weights), own @ weights, atol=1e-12)
+    else:
+        sets = [surrogate._sets(n, order)[:4] for order in range(1, 5)]
+        fits = [surrogate._terms(kind, n, parity, x, 2 * (kind == PRODUCT)) for x in sets]
+    for fit in fits:
         tables = [drawn.normal(size=(n + 1, count)) for count in (2, 3)]
-        values = terms.predict(inside, weights) / np.array([math.comb(n, s) for s in size])
-        single, pair = terms.indices(weights, tables)
+        values = fit.predict(inside, weights) / np.array([math.comb(n, s) for s in size])
+        single, pair = fit.indices(weights, tables)
         for i, j in itertools.combinations(range(n), 2):
             one = (tables[0][size, inside[:, i] * 1] * values).sum()
             two = (tables[1][size, inside[:, i] * 1 + inside[:, j]] * values).sum()
             assert single[i] == pytest.approx(one, abs=1e-10)
-            assert pair[i, j] == pair[j, i] == pytest.approx(two, abs=1e-10)
-
-
-@pytest.mark.parametrize("parity", [1, -1, 0])
-def test_exact_sums_of_kernels(parity: int) -> None:
-    n = 6
-    inside = (np.arange(2**n)[:, None] >> np.arange(n)) & 1 == 1
-    size, drawn = inside.sum(axis=1), np.random.default_rng(1)
-    kernel, weights = Kernel(inside[[3, 17, 40, 63]], 0.3, parity), drawn.normal(size=4)
-    # The product over players by definition.
-    x, y = inside * 2.0 - 1.0, kernel.points * 2.0 - 1.0
-    product, other = (np.prod(1 + 0.3 * sign * x[:, None] * y, axis=2) for sign in (1, -1))
-    own = (product + parity * other) / (1.3**n + parity * 0.7**n)
-    np.testing.assert_allclose(kernel.predict(inside, weights), own @ weights, atol=1e-12)
-    tables = [drawn.normal(size=(n + 1, count)) for count in (2, 3)]
-    values = own @ weights / np.array([math.comb(n, s) for s in size])
-    single, pair = kernel.indices(weights, tables)
-    for i, j in itertools.combinations(range(n), 2):
-        one = (tables[0][size, inside[:, i] * 1] * values).sum()
-        two = (tables[1][size, inside[:, i] * 1 + inside[:, j]] * values).sum()
-        assert single[i] == pytest.approx(one, abs=1e-10)
-        assert pair[i, j] == pytest.approx(two, abs=1e-10)
+            assert [pair[i, j], pair[j, i]] == pytest.approx([two, two], abs=1e-10)

@@ -20,7 +20,7 @@ from flmoe_kernels.explain import (
     probe_pairs,
 )
 from flmoe_kernels.explain.estimators import screening
-from tests.support.explain_games import Planted, unanimity
+from tests.support.explain_games import Planted, sampled, unanimity
 from tests.support.pair_layers import pair_inputs, pair_layer
 
 
@@ -77,13 +77,7 @@ def test_estimates_are_unbiased_given_the_choice(monkeypatch: pytest.MonkeyPatch
 
     first, other = result(0.0), result(0.5)
     np.testing.assert_array_equal(first.values, other.values)
-    listed = probe_game(
-        game,
-        first.pairs,
-        indices=["SII"],
-        method="sampling",
-        sampling=Sampling(budget=4000 - 1500 + 2, design=first.design),
-    )["SII"]
+    listed = sampled(game, first.design, first.pairs, budget=4000 - 1500 + 2)
     assert np.abs(listed.values - first.values).max() < 6 * listed.standard_errors.max()
 
 

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from flmoe_kernels.layers.pair_interaction_moe import sides
 from flmoe_kernels.ops.pair_moe.api import TopPairs
-from tests.support.explain_games import pair_index
+from tests.support.explain_games import index_of
 from tests.support.inputs import draw_masks
 from tests.support.pair_games import (
     GAMES,
     explained_pairs,
     explained_values,
     game,
-    shapley_value,
 )
 from tests.support.pair_layers import BACKENDS, DIMS, pair_inputs, pair_layer
 
@@ -34,11 +33,11 @@ def test_brute_force_over_all_coalitions(name: str, backend: str) -> None:
     played = game(name, backend)
     found = played.explain()
     n = played.players
-    values = torch.stack([shapley_value(played.values, n, i) for i in range(n)])
+    values = torch.stack([index_of(played.values, n, "SII", (i,)) for i in range(n)])
     torch.testing.assert_close(explained_values(found), values, **TIGHT)
     pairs = explained_pairs(found)
     for i, j in itertools.combinations(range(n), 2):
-        expected = pair_index(played.values, n, i, j)
+        expected = index_of(played.values, n, "SII", (i, j))
         torch.testing.assert_close(pairs[i, j], expected, **TIGHT)
         torch.testing.assert_close(pairs[j, i], expected, **TIGHT)
     torch.testing.assert_close(found.value[0], played.values[-1, -1], **TIGHT)

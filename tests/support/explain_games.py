@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from flmoe_kernels import InteractionMoE
-from flmoe_kernels.explain import Sampling, probe_game
+from flmoe_kernels.explain import PairValues, Sampling, probe_game
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from tests.support.layers import LayerCase
 
@@ -68,6 +68,13 @@ def tabled(values: NDArray[np.float64], players: int) -> Planted:
     return Planted(players, lambda inside: values[inside @ bits])
 
 
+def sampled(game: Planted, design: str, pairs: Any = None, **sampling: Any) -> PairValues:
+    """An estimate of SII."""
+    settings = Sampling(design=design, **sampling)
+    found = probe_game(game, pairs, indices=["SII"], method="sampling", sampling=settings)
+    return found["SII"]
+
+
 def deviations(
     game: Planted, pairs: Any, indices: Sequence[str], runs: int, **sampling: Any
 ) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]]:
@@ -100,21 +107,35 @@ def table(game: Callable[[NDArray[np.bool_]], NDArray[Any]], players: int) -> ND
 
 
 def by_definition(values: NDArray[np.float64], players: int, index: str) -> Values:
-    """SII or RG of all pairs."""
+    """An index of all pairs."""
     pairs = itertools.combinations(range(players), 2)
-    return {(i, j): float(pair_index(values, players, i, j, index)) for i, j in pairs}
+    return {pair: float(index_of(values, players, index, pair)) for pair in pairs}
 
 
-def pair_index(values: Any, players: int, i: int, j: int, index: str = "SII") -> Any:
-    """Definition: sum over S without i and j of s! (n - s - 2)! / (n - 1)! times a term of four values of v."""
-    total = 0.0 * values[0]
-    for s in subsets([k for k in range(players) if k not in (i, j)]):
-        size = s.bit_count()
-        weight = math.factorial(size) * math.factorial(players - size - 2)
-        v = [values[s | added] for added in (0, 1 << i, 1 << j, 1 << i | 1 << j)]
-        term = v[3] - v[1] - v[2] + v[0] if index == "SII" else min(v[1], v[2]) - v[0]
-        total = total + weight / math.factorial(players - 1) * term
-    return total
+def index_of(values: Any, players: int, index: str, members: tuple[int, ...]) -> Any:
+    """The index of a pair or player, from the published definitions; values (2^n,) or (2^n, columns)."""
+    n, m, f = players, len(members), math.factorial
+    others = subsets([k for k in range(players) if k not in members])
+
+    def term(s: int) -> Any:
+        """The derivative, an alternating sum of v(S + L) over the subsets L of the members, or the term of RG."""
+        if index == "RG":
+            return min(values[s | 1 << member] for member in members) - values[s]
+        parts = subsets(list(members))
+        return sum((-1.0) ** (m - part.bit_count()) * values[s | part] for part in parts)
+
+    def weight(s: int) -> float:
+        if index == "BII":
+            return 2.0 ** (m - n)
+        if index == "STII":
+            return 2 / n / math.comb(n - 1, s) if m == 2 else float(s == 0)
+        return f(s) * f(n - s - m) / f(n - m + 1)
+
+    own = sum(weight(s.bit_count()) * term(s) for s in others)
+    if index == "k-SII" and m == 1:
+        pairs = [tuple(sorted((members[0], j))) for j in range(n) if j != members[0]]
+        own = own - sum(index_of(values, n, "SII", pair) for pair in pairs) / 2
+    return own
 
 
 def subsets(players: Sequence[int]) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from functools import cache
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels import PairExplanation, PairInteractionMoE
-from tests.support.explain_games import first_of, subsets
+from tests.support.explain_games import first_of
 from tests.support.inputs import draw_masks
 from tests.support.pair_layers import DIMS, pair_inputs, pair_layer
 
@@ -72,16 +71,6 @@ def game(name: str, backend: str, sample: int = 1) -> Game:
         out = layer([x.expand(count, -1, -1) for x in inputs], there)
     values = torch.cat([out.expert_logits[:, :, target], out.logits[:, target, None]], dim=1)
     return Game(layer, inputs, masks, target, values)
-
-
-def shapley_value(values: Tensor, players: int, i: int) -> Tensor:
-    """Definition: sum over S without i of s! (n - s - 1)! / n! (v(S + i) - v(S))."""
-    total = torch.zeros_like(values[0])
-    for s in subsets([k for k in range(players) if k != i]):
-        size = s.bit_count()
-        weight = math.factorial(size) * math.factorial(players - size - 1) / math.factorial(players)
-        total += weight * (values[s | 1 << i] - values[s])
-    return total
 
 
 def explained_values(found: PairExplanation) -> Tensor:
