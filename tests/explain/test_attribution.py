@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.explain.attribution import rollout
@@ -89,6 +89,8 @@ def test_the_readout_of_all_rows_is_the_published_one(
             scaled = scaled_rows(expected[m], chosen)
             torch.testing.assert_close(found.normalized(exempt=[0])[m], scaled, rtol=0, atol=1e-9)
         assert not torch.allclose(other.of()[0], found.of()[0], rtol=1e-3)
+        flat = dataclasses.replace(found, mixture=tuple(map(torch.ones_like, found.mixture)))
+        assert not any(x.any() for x in flat.normalized())
         # Padded queries attend to valid keys only; their values have no effect.
         hidden = [
             torch.where(ok.unsqueeze(2), x, torch.nan)
@@ -203,19 +205,6 @@ def test_memory_does_not_grow_with_the_maps() -> None:
     assert dense > 60 * 1024
 
 
-def test_normalized_is_min_max_over_maskable_tokens() -> None:
-    layer, inputs, masks = call_of(CASES[0], torch.float64)
-    found = attribute(layer, inputs, masks)
-    for exempt in ((), (0,), (0, 1)):
-        for m, scaled in enumerate(found.normalized(exempt=exempt)):
-            ok = found.valid[m].clone()
-            if m in exempt:
-                ok[:, 0] = False
-            torch.testing.assert_close(scaled, scaled_rows(found.of()[m], ok))
-    flat = dataclasses.replace(found, mixture=tuple(torch.ones_like(x) for x in found.mixture))
-    assert not any(x.any() for x in flat.normalized())
-
-
 def test_the_model_is_unchanged() -> None:
     """Frozen parameters, no_grad, inference mode and a hook change neither the model nor the values."""
     case = dataclasses.replace(CASES[0], dropout=0.5)
@@ -243,19 +232,13 @@ def test_the_model_is_unchanged() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     layer, inputs, masks = call_of(CASES[0], dtype)
-    exact = case_in_double(CASES[0], dtype)
+    exact = copy.deepcopy(layer).double(), as_dtype(inputs, torch.float64), masks
     for method in METHODS[:2]:
         found = attribute(layer, inputs, masks, method=method, explains="expert", target=0)
         oracle = attribute(*exact, method=method, explains="expert", target=0)
         for ours, theirs in zip(found.values, oracle.values, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0.03, atol=0.003)
             assert float(theirs.max()) > 0.05
-
-
-def case_in_double(case: LayerCase, dtype: torch.dtype) -> tuple[Any, list[Tensor], Any]:
-    """Copy of the call in float64, with values rounded to another dtype."""
-    layer, inputs, masks = call_of(case, dtype)
-    return layer.double(), as_dtype(inputs, torch.float64), masks
 
 
 def test_errors() -> None:

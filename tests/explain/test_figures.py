@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import os
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from flmoe_kernels.explain.figures.curves import BETTER, UNCLEAR, UNKNOWN, WORSE
 from flmoe_kernels.explain.figures.heat_map import grey
 from flmoe_kernels.explain.figures.weights import FEW, leading
 from flmoe_kernels.explain.masking.drops import KINDS
-from flmoe_kernels.explain.reliability import LEAST_COUNT
+from flmoe_kernels.explain.reliability import LEAST_COUNT, alike, groups
 from tests.support.explain_results import masking_drops, pair_values
 from tests.support.refusals import assert_refused
 
@@ -270,11 +272,56 @@ def test_curves_state_whether_identified_tokens_differ_from_random_ones(
     assert upper.get_title().splitlines()[-1] == last
 
 
+def random_values(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    values, errors = draw.normal(size=count), draw.exponential(0.05, size=count)
+    errors[draw.random(count) < 0.2] = 0.0
+    values[: count // 4] = values[:1]
+    return values, errors
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 40])
+def test_connected_ties_are_drawn_alike(count: int) -> None:
+    for seed in range(20):
+        values, errors = random_values(count, seed)
+        expected = list(range(count))
+        for i, j in itertools.combinations(range(count), 2):
+            if abs(values[i] - values[j]) <= 2 * math.hypot(errors[i], errors[j]):
+                old, new = expected[j], expected[i]
+                expected = [new if x == old else x for x in expected]
+        found, drawn = groups(values, errors), alike(values, errors)
+        for i, j in itertools.product(range(count), repeat=2):
+            assert (found[i] == found[j]) == (expected[i] == expected[j])
+            assert found[i] <= found[j] or values[i] < values[j]
+            assert found[i] != found[j] or drawn[i] == drawn[j]
+        # Nothing is drawn with the other sign, and nothing uncertain alone with a colour.
+        clear = np.abs(values) > 2 * errors
+        assert (drawn * values >= 0).all()
+        assert (drawn[[not clear[drawn == x].any() for x in drawn]] == 0).all()
+
+
+def test_a_value_of_unknown_error_hides_no_other() -> None:
+    values, errors = np.array([1.0, 0.5, np.nan, -0.7]), np.array([0.1, np.nan, 0.0, 0.1])
+    np.testing.assert_array_equal(alike(values, errors), [1.0, 0.0, np.nan, -0.7])
+    assert not alike(values[:2], errors[1:2].repeat(2)).any()
+
+
+def test_experts_are_tied_within_two_standard_errors() -> None:
+    weights = np.array([[0.5, 0.4, 0.1], [0.3, 0.4, 0.3], [0.5, 0.4, 0.1], [0.4, 0.4, 0.2]])
+    assert leading(np.tile(weights, (4, 1))) == [0, 1]
+    # A sample's own weights are exact; the error of a mean of fewer than 16 samples is unknown.
+    assert leading(weights[:1]) == [0]
+    assert leading(weights) == leading(np.tile(weights, (4, 1))[:15]) == [0, 1, 2]
+    assert leading(np.array([[0.251, 0.22, 0.25, 0.251]])) == [0, 3, 2]
+    # Differences of a sample's weights count, not the weights' own spread.
+    assert leading(np.tile([[0.6, 0.4], [0.9, 0.7], [0.3, 0.1]], (6, 1))) == [0]
+
+
 CALLS: dict[str, Any] = {
     "map": lambda: token_patch_map(VALUES, image=np.full((4, 4), 0.5)),
     "network": lambda: pair_network(pair_values()),
     "curve": lambda: drop_curve(masking_drops()),
-    "weights": lambda: expert_weights(np.full((2, 4), 0.25), "abcd"),
+    "weights": lambda: expert_weights(torch.full((2, 4), 0.25, dtype=torch.bfloat16), "abcd"),
 }
 
 
@@ -339,36 +386,22 @@ MISTAKES: list[tuple[Any, str]] = [
     (lambda: bars(np.full((2, 2), NAN), "ab"), "weights: expected finite"),
     (lambda: bars([[1.0, 2.0], [3.0]], "ab"), r"weights: expected numbers \(S, E\), such"),
     (lambda: bars(np.zeros((2, 2)), "abc"), "names: expected 2, .* got 3"),
+    (lambda: network({"SII": PAIRS}), r"TypeError: found: .* got dict \(pass one of"),
+    (lambda: network([{"SII": PAIRS}]), "TypeError: found: expected a PairValues, got list$"),
+    (lambda: network(DROPS), "TypeError: found: expected a PairValues, got MaskingDrops$"),
+    (lambda: network(PAIRS, names=3), "TypeError: names: expected a sequence, got int"),
+    (lambda: network(PAIRS, tokens=3), "TypeError: tokens: expected a sequence, got int"),
+    (lambda: network(PAIRS, tokens=[3, None]), r"TypeError: tokens\[0\]: .* sequence, got int"),
+    (lambda: curve((DROPS, DROPS)), r"TypeError: drops: .* got tuple \(pass one of"),
+    (lambda: heat_map(PAIRS), r"TypeError: values: .* PairValues.between\(0, 1\), got PairValues$"),
+    (lambda: heat_map(VALUES, errors=PAIRS), "TypeError: errors: .* got PairValues$"),
+    (lambda: heat_map(VALUES, image=PAIRS), "TypeError: image: expected .* got PairValues$"),
+    (lambda: heat_map(VALUES, image=IMAGE, weights=PAIRS), "TypeError: weights: .* PairValues$"),
+    (lambda: heat_map(VALUES, image=IMAGE, grid=2), "TypeError: grid: .* sequence, got int"),
+    (lambda: heat_map(VALUES, 3), "TypeError: tokens: expected a sequence, got int"),
+    (lambda: bars(DROPS, "ab"), "TypeError: weights: .* Attribution.weights, got MaskingDrops"),
+    (lambda: bars(THIRDS, None), "TypeError: names: expected a sequence, got NoneType"),
 ]
-WRONG_TYPES: list[tuple[Any, str]] = [
-    (lambda: network({"SII": PAIRS}), r"found: .* got dict \(pass one of its elements\)$"),
-    (lambda: network([{"SII": PAIRS}]), "found: expected a PairValues, got list$"),
-    (lambda: network(DROPS), "found: expected a PairValues, got MaskingDrops$"),
-    (lambda: network(PAIRS, names=3), "names: expected a sequence, got int"),
-    (lambda: network(PAIRS, tokens=3), "tokens: expected a sequence, got int"),
-    (lambda: network(PAIRS, tokens=[3, None]), r"tokens\[0\]: expected a sequence, got int"),
-    (lambda: curve((DROPS, DROPS)), r"drops: .* got tuple \(pass one of its elements\)$"),
-    (lambda: heat_map(PAIRS), r"values: .* such as PairValues.between\(0, 1\), got PairValues$"),
-    (lambda: heat_map(VALUES, errors=PAIRS), "errors: expected numbers .* got PairValues$"),
-    (lambda: heat_map(VALUES, image=PAIRS), "image: expected .* got PairValues$"),
-    (lambda: heat_map(VALUES, image=IMAGE, weights=PAIRS), "weights: .* got PairValues$"),
-    (lambda: heat_map(VALUES, image=IMAGE, grid=2), "grid: expected a sequence, got int"),
-    (lambda: heat_map(VALUES, 3), "tokens: expected a sequence, got int"),
-    (lambda: bars(DROPS, "ab"), r"weights: .* such as Attribution.weights, got MaskingDrops"),
-    (lambda: bars(THIRDS, None), "names: expected a sequence, got NoneType"),
-]
-
-
-@pytest.mark.parametrize(("call", "message"), WRONG_TYPES)
-def test_a_wrong_object_is_named_with_its_type(call: Any, message: str) -> None:
-    with pytest.raises(TypeError, match=message):
-        call()
-
-
-def test_figures_take_bfloat16() -> None:
-    weights = torch.tensor([[0.25, 0.75]], dtype=torch.bfloat16)
-    [image] = expert_weights(weights, "ab").axes[0].get_images()
-    np.testing.assert_array_equal(image.get_array(), [[0.25, 0.75]])
 
 
 @pytest.mark.parametrize(("call", "message"), MISTAKES)
