@@ -249,12 +249,6 @@ def test_captured_calls_that_cannot_be_compared(
 
 
 def test_tokens_whose_choice_depends_on_rounding_are_excluded() -> None:
-    logits = torch.tensor(
-        [[3.0, 2.0, 1.0], [3.0, 2.0, 2.0], [3.0, 1.0 + 1e-7, 1.0], [2.0, 2.0, 1.0]]
-    ).double()
-    assert _clear_choices(logits, 2, torch.float32).tolist() == [True, False, False, True]
-    assert _clear_choices(logits, 2, torch.float64).tolist() == [True, False, True, True]
-    assert _clear_choices(logits, 3, torch.float32).all()
     large = torch.tensor([[3.0, 2.0, 1.9], [3e7, 2e7, 1e7], [3.0, 2.0, 2.0]]).double()
     assert _clear_choices(large, 2, torch.float32).tolist() == [True, True, False]
     mlp = make_mlp()

@@ -48,8 +48,6 @@ def loaded(path: Path, text: str) -> ModuleType:
     file = path / "models.py"
     file.write_text(text, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("models", file)
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

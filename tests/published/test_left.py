@@ -17,7 +17,7 @@ from flmoe_kernels import RoutedMLP
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.published.swap import swap
 from tests.support import lineage_sparse
-from tests.support.lineage import LateFusion, MaxPooled, fl, make_layer, make_sparse_layer
+from tests.support.lineage import MaxPooled, fl, make_layer, make_sparse_layer
 from tests.support.lineage_sparse import FMoETransformerMLP, make_mlp
 from tests.support.swaps import Make, left, snapshot
 
@@ -129,10 +129,6 @@ class GateFails(lineage_sparse.GShardGate):
 other_pooling = functools.partial(make_layer, fusion=MaxPooled)
 other_gate = as_gate(UniformWeights, make=functools.partial(make_sparse_layer, num_experts=2))
 LAYERS: list[tuple[Make, str]] = [
-    (
-        lambda: fl.InteractionMoE(2, LateFusion(2, 16, 3), False, 16, 16),
-        "unknown fusion model, LateFusion",
-    ),
     (
         lambda: make_layer(mlp_sparse=True, apart=True),
         r"network.0.mlp.experts: every expert has separate parameters \(FastMoE",

@@ -15,7 +15,7 @@ from flmoe_kernels.published.swap import swap
 from tests.support.inputs import draw
 from tests.support.lineage import MaxPooled, fl, i2, make_layer
 from tests.support.lineage_sparse import GATES, lifted
-from tests.support.swaps import left
+from tests.support.swaps import Encoded, left
 
 
 def make_fusion(variant: Any = fl, modalities: int = 2, kind: Any = None, **options: Any) -> Any:
@@ -26,19 +26,6 @@ def make_fusion(variant: Any = fl, modalities: int = 2, kind: Any = None, **opti
         for parameter in fusion.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return fusion
-
-
-class Baseline(nn.Module):
-    """A training model with one encoder per modality."""
-
-    def __init__(self, fusion: nn.Module, modalities: int) -> None:
-        super().__init__()
-        self.encoders = nn.ModuleList(nn.Linear(4, 16) for _ in range(modalities))
-        self.fusion = fusion
-
-    def forward(self, *parts: Tensor, **named: Any) -> Any:
-        tokens = [encode(x) for encode, x in zip(self.encoders, parts, strict=True)]
-        return self.fusion(tokens, **named)
 
 
 SPARSE = {"mlp_sparse": True, "num_layers": 3}
@@ -53,19 +40,19 @@ KINDS: list[tuple[Any, int, dict[str, Any]]] = [
 def test_a_lone_fusion_model_is_replaced(
     variant: Any, modalities: int, options: dict[str, Any]
 ) -> None:
-    model = Baseline(make_fusion(variant, modalities, **options), modalities)
+    model = Encoded(make_fusion(variant, modalities, **options), modalities)
     original, before = copy.deepcopy(model), dict(model.named_parameters())
     report = swap(model)
     assert [entry.reason for entry in report.left] == []
     (entry,) = report.swapped_fusions
     assert report.swapped == report.swapped_mlps == entry.unrecognised == ()
-    assert (entry.name, entry.modalities, entry.inputs) == ("fusion", modalities, "random")
+    assert (entry.name, entry.modalities, entry.inputs) == ("moe", modalities, "random")
     assert entry.compat == ("i2moe" if variant is i2 else "fl_i2moe")
-    assert isinstance(model.fusion, FusionTransformer)
+    assert isinstance(model.moe, FusionTransformer)
     assert all(value is before[name] for name, value in model.named_parameters())
     assert any("gate losses" in x.text for x in entry.differences) == bool(options)
-    assert re.search(r"(?m)^fusion +\w+ +\d +random( +\d\.\de-\d\d){2} +\d+\.\dx$", str(report))
-    assert report.as_dict()["swapped_fusions"][0]["name"] == "fusion"
+    assert re.search(r"(?m)^moe +\w+ +\d +random( +\d\.\de-\d\d){2} +\d+\.\dx$", str(report))
+    assert report.as_dict()["swapped_fusions"][0]["name"] == "moe"
 
     parts = [draw(3, 5, 4, seed=m) for m in range(modalities)]
     masks: dict[str, Any] = {}
@@ -74,9 +61,9 @@ def test_a_lone_fusion_model_is_replaced(
         masks["masks"][0][1, 2:] = 0
     lifted(original), lifted(model)
     with torch.no_grad():
-        expected = original(*parts, **masks, return_latent=True)
-        torch.testing.assert_close(model(*parts, **masks, return_latent=True), expected)
-        torch.testing.assert_close(model(*parts, **masks), expected[0])
+        expected = original(parts, **masks, return_latent=True)
+        torch.testing.assert_close(model(parts, **masks, return_latent=True), expected)
+        torch.testing.assert_close(model(parts, **masks), expected[0])
     assert expected[0].std() > 0.01
 
 
@@ -99,8 +86,8 @@ def test_other_dtypes_pass_and_zeros_fail(
 
 def test_compares_on_the_models_inputs() -> None:
     for variant, named in ((fl, {"masks": [torch.ones(3, 5)] * 2}), (i2, {})):
-        model = Baseline(make_fusion(variant), 2)
-        report = swap(model, inputs=(draw(3, 5, 4), draw(3, 5, 4)), **named)
+        model = Encoded(make_fusion(variant), 2)
+        report = swap(model, inputs=([draw(3, 5, 4)] * 2,), **named)
         assert [entry.inputs for entry in report.swapped_fusions] == ["given"]
     model = nn.Sequential(make_fusion(i2))
     assert [x.inputs for x in swap(model, inputs=([draw(3, 5, 16)] * 2,)).swapped_fusions] == [

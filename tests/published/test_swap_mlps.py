@@ -60,7 +60,6 @@ def test_replaces_them_and_shares_their_parameters(gate: str, mode: bool) -> Non
         (f"network.{i}.mlp", gate, 5, "random") for i in (0, 1)
     ]
     for entry in report.swapped_mlps:
-        assert entry.output_error is not None
         assert 0 < entry.output_error < 1e-5
         assert entry.speed_up is not None
     assert all(new is old for new, old in zip(model.parameters(), parameters, strict=True))

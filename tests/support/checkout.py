@@ -70,14 +70,7 @@ class Checkout:
             self.InteractionMoERegression: Any = module.InteractionMoERegression
         else:
             raise ValueError(f"path: expected a checkout of FL-I2MoE_Decor or I2MoE, got {path}")
-        interaction = self.module("src.imoe.InteractionMoE")
-        self.InteractionMoE: Any = interaction.InteractionMoE
-        self.InteractionExpert: Any = interaction.InteractionExpert
-        self.MLPReWeighting: Any = interaction.MLPReWeighting
-        parts = self.module("src.common.modules.transformer")
-        self.TransformerEncoderLayer: Any = parts.TransformerEncoderLayer
-        self.Attention: Any = parts.Attention
-        self.FMoETransformerMLP: Any = parts.FMoETransformerMLP
+        self.InteractionMoE: Any = self.module("src.imoe.InteractionMoE").InteractionMoE
         self.Transformer: Any = self.module("src.common.fusion_models.transformer").Transformer
         if not torch.cuda.is_available():
             self.Transformer.__init__ = _on_cpu(self.Transformer.__init__)

@@ -148,7 +148,6 @@ class fl:
     """The variant with masks."""
 
     compat = "fl_i2moe"
-    FMoETransformerMLP = FMoETransformerMLP
 
     class TransformerEncoderLayer(_Layer):
         def forward(self, x: list[Tensor], masks: list | None = None) -> list[Tensor]:
@@ -291,7 +290,6 @@ class i2:
     """The older variant: no masks, learned positions, logits instead of latents."""
 
     compat = "i2moe"
-    FMoETransformerMLP = FMoETransformerMLP
 
     class TransformerEncoderLayer(_Layer):
         def forward(self, x: list[Tensor]) -> list[Tensor]:

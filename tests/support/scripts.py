@@ -217,38 +217,6 @@ def hooks(published: Any) -> str:
     return "one call per modality; what the MLP records is " + close(records[1], records[0])
 
 
-@row("edited source: modality dropout, truncation, noise")
-def edits(published: Any) -> str:
-    version = ""
-
-    class Transformer(published.Transformer):
-        """An edited forward, in three versions."""
-
-        def forward(self, inputs: list[Tensor], *rest: Any, **named: Any) -> Any:
-            if version == "dropout" and self.training:
-                keep = torch.rand(len(inputs)) > 0.3
-                inputs = [x * float(k) for x, k in zip(inputs, keep, strict=True)]
-            if version == "noise":
-                inputs = [x + 1e-2 * torch.randn(x.shape).to(x) for x in inputs]
-            if version == "truncated" and inputs[0].shape[1] > 100:
-                inputs = [x.clone() for x in inputs]
-                inputs[0][:, 100:] = 0
-            return super().forward(inputs, *rest, **named)
-
-    versions = ["dropout", "noise"]
-    if published.compat == "fl_i2moe":
-        versions.append("truncated")  # learned positions fix the length
-    for version in versions:
-        layer: Any = layer_of(published)
-        for expert in layer.interaction_experts:
-            expert.fusion_model.__class__ = Transformer
-        report = flmoe_kernels.swap(layer)
-        assert not report.swapped, f"{version}:\n{report}"
-        assert all("forward" in entry.reason for entry in report.left), report
-    assert flmoe_kernels.swap(layer_of(published)).swapped, "the control"
-    return f"{', '.join(versions)}: left alone with the reason"
-
-
 @row("FlopCounterMode")
 def flops(published: Any) -> str:
     inputs, masks = data(published)

@@ -7,11 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flmoe_kernels.published.report import SwapReport
 
 Make = Callable[[], nn.Module]
+
+
+class Encoded(nn.Module):
+    """A training model: an encoder per modality, then a layer or fusion model."""
+
+    def __init__(self, layer: nn.Module, modalities: int = 2) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(nn.Linear(4, 16) for _ in range(modalities))
+        self.moe = layer
+
+    def forward(self, parts: list[Tensor], *rest: Any, **named: Any) -> Any:
+        tokens = [encode(x) for encode, x in zip(self.encoders, parts, strict=True)]
+        return self.moe(tokens, *rest, **named)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
