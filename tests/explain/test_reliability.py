@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from flmoe_kernels.explain import (
     MaskingDrops,
     PairValues,
-    Sampling,
     TokenGame,
     faithfulness,
     pair_masking,
@@ -24,7 +23,7 @@ from flmoe_kernels.explain import (
 from flmoe_kernels.explain.estimators import sampling as estimator
 from flmoe_kernels.explain.games.coalitions import all_pairs
 from flmoe_kernels.explain.masking import drops as masking
-from flmoe_kernels.explain.reliability import LEAST_COUNT, near_ties
+from flmoe_kernels.explain.reliability import LEAST_COUNT
 from tests.support.explain_games import (
     Planted,
     deviations,
@@ -32,6 +31,7 @@ from tests.support.explain_games import (
     interaction_layer,
     random_game,
     random_terms,
+    sampled,
     table,
     tabled,
     unanimity,
@@ -96,6 +96,9 @@ def test_deviations_are_as_large_as_the_errors(name: str, antithetic: bool) -> N
         found = ratios(game, units, antithetic, runs=40)
         assert len(found) > 1000
         assert 0.85 < rms(found) < 1.25
+        assert 0.9 < (np.abs(found) <= 2).mean() < 0.98
+        # Control: intervals of half the width cover far less.
+        assert (np.abs(found) <= 1).mean() < 0.8
 
 
 @pytest.mark.parametrize("name", GAMES)
@@ -114,9 +117,7 @@ def test_control_errors_of_four_units_do_not_hold(
 
 def test_missing_errors_have_a_reason(tmp_path: Path) -> None:
     game = random_game(8, seed=5)
-    few = probe_game(game, method="sampling", sampling=Sampling(budget=400, design="toggling"))[
-        "SII"
-    ]
+    few = sampled(game, "toggling", budget=400)
     assert np.isnan(few.standard_errors).all()
     assert np.isfinite(few.values).all()
     reason = "no standard error for 28 of 28 pairs: fewer than 16 independent units"
@@ -127,15 +128,12 @@ def test_missing_errors_have_a_reason(tmp_path: Path) -> None:
     few.save(tmp_path / "few.npz")
     assert PairValues.load(tmp_path / "few.npz").notes == few.notes
     # Without a tolerance that NaN would meet.
-    loose = Sampling(budget=400, tolerance=1e6, min_draws=2, design="toggling")
-    assert probe_game(game, method="sampling", sampling=loose)["SII"].stopped_by == "budget"
-    many = probe_game(game, method="sampling", sampling=Sampling(design="toggling"))["SII"]
-    assert not many.notes
+    loose = sampled(game, "toggling", budget=400, tolerance=1e6, min_draws=2)
+    assert loose.stopped_by == "budget"
+    assert not sampled(game, "toggling").notes
     # A value of the full coalition only, and of a set that draws hardly meet.
     rare = unanimity({tuple(range(10)): 1.0, tuple(range(9)): 1.0}, 10)
-    found = probe_game(
-        rare, method="sampling", sampling=Sampling(budget=2 + 56 * 2 * 31, design="toggling")
-    )["SII"]
+    found = sampled(rare, "toggling", budget=2 + 56 * 2 * 31)
     exact = probe_game(rare, method="exact")["SII"]
     wrong = np.abs(found.values - exact.values) > 1e-12
     assert wrong.any()
@@ -174,19 +172,6 @@ def test_errors_of_mean_drops(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured(4) > 1.4
 
 
-def test_near_ties() -> None:
-    keys = np.array([5.0, 4.0, 3.76, 3.0])
-    assert [near_ties(keys, kept) for kept in range(5)] == [0, 0, 1, 0, 0]
-    assert near_ties(np.array([5.0, 4.0, 3.74]), 2) == 0, "6% of the largest"
-    assert near_ties(np.array([5.0, 4.0, np.nan]), 2) == 0, "without value"
-    errors = np.array([0.1, 0.1, 0.1, 0.5])
-    assert near_ties(keys, 2, errors) == 2
-    assert near_ties(keys, 1, errors) == 0
-    assert near_ties(keys, 1, np.full(4, np.nan)) == 3
-    assert near_ties(np.zeros(4), 1) == 3
-    assert near_ties(np.zeros(0), 1) == 0
-
-
 def test_candidates_among_near_ties_are_noted() -> None:
     case = LayerCase(lengths=(4, 4))
     layer, x = interaction_layer(case), case.inputs(torch.float64)
@@ -214,11 +199,8 @@ def test_pairs_among_near_ties_are_noted() -> None:
     assert found.near_ties(1, "smallest") > 0, "two pairs are 0"
     # Estimates differ by less than their errors.
     game = random_game(8, seed=5)
-    noisy = probe_game(
-        game, indices=["SII"], method="sampling", sampling=Sampling(budget=1500, design="toggling")
-    )
-    exact = probe_game(game, indices=["SII"])["SII"]
-    assert noisy["SII"].near_ties(3) > exact.near_ties(3)
+    exact, noisy = probe_game(game, indices=["SII"])["SII"], sampled(game, "toggling", budget=1500)
+    assert noisy.near_ties(3) > exact.near_ties(3)
 
 
 def test_identified_tokens_among_near_ties_are_noted(tmp_path: Path) -> None:
@@ -226,7 +208,6 @@ def test_identified_tokens_among_near_ties_are_noted(tmp_path: Path) -> None:
     options: dict[str, Any] = {"metrics": ["logit"], "target": 0, "n_random": 1}
     call: Any = (TokenBits().eval(), bits(3, (4,)), None)
     found = faithfulness(*call, values, budgets=[25, 50, 100], **options)
-    assert found.near_ties is not None
     assert found.near_ties.tolist() == [[False, True, False]] * 2 + [[False] * 3]
     assert "not distinguishable for 2 of 3 samples: tokens left out" in repr(found)
     assert "not distinguishable for 2 of 3 samples: tokens left out" in found.table()
@@ -248,7 +229,6 @@ def test_masked_pairs_among_near_ties_are_noted() -> None:
     planted = probe_game(unanimity(terms, 6), of_layer.pairs, indices=["SII"])["SII"]
     pairs = [dataclasses.replace(of_layer, values=planted.values)]
     found = pair_masking(layer, x, None, pairs, budgets=(2, 4, 6), n_random=1)
-    assert found.near_ties is not None
     assert found.near_ties.tolist() == [[False, True, False]]
     assert "1 of 1 samples: pairs left out" in repr(found)
     listed = pair_masking(layer, x, None, [[((0, 0), (1, 0))]], budgets=(2,), n_random=1)
