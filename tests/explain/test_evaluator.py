@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -26,10 +25,9 @@ from flmoe_kernels.explain import (
 )
 from flmoe_kernels.explain.estimators.evaluator import Evaluator
 from flmoe_kernels.explain.games import memory
-from flmoe_kernels.explain.games.coalitions import distinct, pack, sizes, unpack
+from flmoe_kernels.explain.games.coalitions import pack
 from tests.support.explain_games import (
     Planted,
-    drawn,
     first_of,
     interaction_layer,
     random_terms,
@@ -39,33 +37,6 @@ from tests.support.layers import LayerCase
 from tests.support.refusals import assert_refused
 
 CASE = LayerCase(lengths=(5, 4))
-
-
-@pytest.mark.parametrize("players", [0, 1, 7, 8, 9, 63, 65])
-def test_packed_coalitions(players: int) -> None:
-    inside = drawn(200, players)
-    packed = pack(inside)
-    assert packed.shape == (200, math.ceil(players / 8))
-    np.testing.assert_array_equal(unpack(packed, players), inside)
-    np.testing.assert_array_equal(sizes(packed), inside.sum(axis=1))
-    repeated = packed[np.random.default_rng(1).integers(0, 200, 500)]
-    rows, place = distinct(repeated)
-    np.testing.assert_array_equal(rows[place], repeated)
-    assert len(rows) == len({row.tobytes() for row in repeated})
-    assert (np.diff(sizes(rows)) >= 0).all()
-    np.testing.assert_array_equal(distinct(repeated[::-1])[0], rows)
-
-
-def test_each_distinct_coalition_once_in_batches() -> None:
-    game = unanimity(random_terms(11, 30, 4, seed=1), 11)
-    inside = drawn(300, 11)[np.random.default_rng(2).integers(0, 300, 900)]
-    expected = game.formula(inside)
-    evaluator = Evaluator(game, 50)
-    np.testing.assert_array_equal(evaluator(pack(inside)), expected)
-    distinct_rows = len(np.unique(inside, axis=0))
-    assert evaluator.evaluations == game.asked == distinct_rows < 300
-    assert game.batches == [50] * (distinct_rows // 50) + [distinct_rows % 50]
-    assert evaluator(pack(inside[:0])).shape == (0,)
 
 
 def test_a_game_with_invalid_values() -> None:

@@ -124,7 +124,6 @@ def drawn_lines(axes: Any) -> list[tuple[float, Any, bool]]:
     """(width, colour, solid) of each line, the strongest pair first."""
     lines = []
     for patch in reversed(axes.patches):
-        assert isinstance(patch, FancyArrowPatch)
         solid = patch.get_linestyle() in ("-", "solid")
         lines.append((round(patch.get_linewidth(), 6), line_colour(patch), solid))
     return lines

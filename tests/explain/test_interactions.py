@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from flmoe_kernels.explain import (
     PairValues,
     Sampling,
-    TokenGame,
     probe_pairs,
     redundancy_gap,
     shapley_interactions,
@@ -28,22 +26,22 @@ from tests.support.refusals import assert_refused
 BOTH = ("SII", "RG")
 
 
-@pytest.mark.parametrize("fill", ["drop", "zero", "mean"])
+@pytest.mark.parametrize("fill", ["drop", "zero", "mean", "mean by position"])
 @pytest.mark.parametrize("expert", [None, "synergy", 0])
 def test_interaction_moe(fill: str, expert: str | int | None) -> None:
     """Enumeration of a layer's sample against manual coalitions on the reference layer."""
     case = LayerCase(lengths=(3, 4), masks="partial")
     layer, oracle = interaction_layer(case), case.reference(torch.float64).eval()
     x, masks = case.inputs(torch.float64), draw_masks("partial", 2, case.lengths)
-    means = [each.mean(dim=(0, 1)) for each in x]
+    means = [each.mean(dim=0 if fill == "mean by position" else (0, 1)) for each in x]
     found = probe_pairs(
         layer,
         x,
         masks,
         target=2,
         expert=expert,
-        fill=fill,
-        baseline=means if fill == "mean" else None,
+        fill=fill.split()[0],
+        baseline=means if fill.startswith("mean") else None,
     )
     place = {None: None, "synergy": 2, 0: 0}[expert]
     for sample in range(2):
@@ -61,7 +59,7 @@ def test_interaction_moe(fill: str, expert: str | int | None) -> None:
         values = np.empty(2 ** len(tokens))
         for code in range(len(values)):
             absent = {token for k, token in enumerate(tokens) if not code >> k & 1}
-            how = means if fill == "mean" else fill
+            how = means if fill.startswith("mean") else fill
             values[code] = masked_logits(logits_of, own, own_masks, absent, how)[2]
         assert result.value == pytest.approx(values[-1], abs=1e-10)
         assert result.baseline == pytest.approx(values[0], abs=1e-10)
@@ -110,42 +108,6 @@ def test_a_closed_form_game_runs_the_layer_once() -> None:
     [first, _] = redundancy_gap(layer, pair_inputs((3, 2, 2)), **options)
     assert not asked
     assert first.evaluations > 200
-
-
-@pytest.mark.parametrize("fill", ["drop", "zero"])
-def test_a_sample_of_the_layer_is_a_game_for_shapiq(fill: str) -> None:
-    shapiq = pytest.importorskip("shapiq")
-    case = LayerCase(lengths=(3, 3))
-    layer, x = interaction_layer(case), first_of(case.inputs(torch.float64))
-    [mine] = shapley_interactions(layer, x, target=1, fill=fill)
-    game = TokenGame(layer, x, target=1, fill=fill)
-    expected = shapiq.ExactComputer(game, n_players=6)("SII", order=2)
-    theirs = mine.to_shapiq()
-    for pair in itertools.combinations(range(6), 2):
-        assert theirs[pair] == pytest.approx(expected[pair], abs=1e-9)
-    assert float(np.abs(mine.values).max()) > 1e-3
-
-
-def test_a_callable_with_known_indices() -> None:
-    """The logit is a product of two tokens of two modalities: only this pair has an index other than 0."""
-
-    def model(inputs: Any, masks: Any) -> torch.Tensor:
-        a, b = ((x * m.unsqueeze(2)).sum(dim=2) for x, m in zip(inputs, masks, strict=True))
-        logit = a[:, 1] * b[:, 0] + a.sum(dim=1)
-        return torch.stack([logit, -logit], dim=1)
-
-    x = [torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(2, 20, 3, dtype=torch.float64)]
-    options: Any = {"pairs": "across", "sampling": Sampling(budget=2000)}
-    results = shapley_interactions(model, x, target=torch.tensor([1, 0]), **options)
-    for sample, (result, sign) in enumerate(zip(results, (-1.0, 1.0), strict=True)):
-        assert result.method == "sampling"
-        assert len(result) == 80
-        planted = sign * float(x[0][sample, 1].sum() * x[1][sample, 0].sum())
-        expected = np.zeros((4, 20))
-        expected[1, 0] = planted
-        np.testing.assert_allclose(result.between(0, 1), expected, atol=1e-9)
-        np.testing.assert_allclose(result.between(1, 0), expected.T, atol=1e-9)
-        assert np.isnan(result.between(0, 0)).all()
 
 
 def test_pruning_keeps_the_index_and_says_so() -> None:

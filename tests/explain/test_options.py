@@ -1,4 +1,4 @@
-"""Tests of the command `explain`: options, names of targets and tokens."""
+"""Tests of the command `explain`: options, names of targets and tokens, its folder."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 from typer.testing import CliRunner
 
 from flmoe_kernels.cli.main import app
+from flmoe_kernels.explain.report import command
 from flmoe_kernels.explain.report.findings import Findings, targets_of
 from flmoe_kernels.explain.report.request import Request
 from tests.support.explain_files import full_arrays, write_checkpoint, write_data
@@ -86,3 +87,50 @@ def test_bad_options_are_one_line_and_exit_code_2(
     [line] = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
     assert message in line
     assert not (tmp_path / "out" / "index.html").exists()
+
+
+PROGRESS = "checkpoints/sample_00000.npz"
+OTHERS = {"notes.txt", "sample_00007_SII.npz.bak", "checkpoints/epoch_1.pt", "a/index.html"}
+OLD = {"sample_00009_SII_0_1.png", "faithfulness.npz"}
+
+
+def names(out: Path) -> set[str]:
+    return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+
+
+def write(out: Path, *files: str) -> None:
+    for name in files:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+
+
+def test_results_are_replaced_only_with_force_and_other_files_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = write_checkpoint(tmp_path), write_data(tmp_path, full_arrays())
+    out = tmp_path / "out"
+    quick: dict[str, Any] = {"samples": 1, "budget": 32, "top": 1, "repeats": 0}
+    write(out, *OTHERS, *OLD)
+    request = Request(*files, out, **quick)
+    assert command.main(request) == 2
+    assert "has results (faithfulness.npz); use another folder, or" in capsys.readouterr().err
+    # A request that cannot be run is refused before anything is removed.
+    for wrong in ({"budget": 5}, {"exempt": (2,)}, {"class_names": ("a", "b")}):
+        assert command.main(Request(*files, out, **quick | wrong), force=True) == 2
+        assert names(out) == OTHERS | OLD
+    with monkeypatch.context() as failing:
+        failing.setattr(command, "page", lambda *_: exec("raise KeyboardInterrupt"))
+        assert command.main(request, force=True) == command.INTERRUPTED
+    assert names(out) == OTHERS | OLD | {PROGRESS}
+    assert command.main(request, force=True) == 0
+    first = names(out)
+    assert OTHERS | {"index.html", "sample_00000_SII.npz"} <= first
+    assert not {PROGRESS, "sample_00009_SII_0_1.png"} & first
+    assert {(out / other).read_text() for other in OTHERS} == {"mine"}
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path, "out")
+    request = Request(tmp_path / "layer.pt", tmp_path / "data.npz", tmp_path / "out")
+    with pytest.raises(NotADirectoryError, match="expected a folder, got a file"):
+        command.run(request, force=True)

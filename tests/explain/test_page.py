@@ -14,9 +14,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from typer.testing import CliRunner
 
-from flmoe_kernels.cli.main import app
 from flmoe_kernels.explain import PairValues
 from flmoe_kernels.explain.report.features import Features
 from flmoe_kernels.explain.report.findings import Findings
@@ -152,20 +150,3 @@ def test_names_need_to_fit_the_layer(name: str, count: int) -> None:
     options: dict[str, Any] = {name: ("a",)}
     with pytest.raises(ValueError, match=f"{name}: expected {count} names for this layer, got 1"):
         Request(Path("a"), Path("b"), Path("c"), **options).require_counts(2, 3)
-
-
-def test_names_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Request, bool]] = []
-
-    def main(request: Request, *, force: bool) -> int:
-        seen.append((request, force))
-        return 0
-
-    monkeypatch.setattr("flmoe_kernels.explain.report.command.main", main)
-    names = ["--modality-names", "text, image", "--class-names", "cat,grey dog", "--force"]
-    done = CliRunner().invoke(app, ["explain", "--checkpoint", "a", "--data", "b", *names])
-    assert done.exit_code == 0, done.output
-    [(request, force)] = seen
-    assert request.modality_names == ("text", "image")
-    assert request.class_names == ("cat", "grey dog")
-    assert force

@@ -83,9 +83,6 @@ def labelled(multi_label: bool = False, rows: slice = slice(None), **options: An
 def test_masked_logits_give_the_drops_and_the_metrics(multi_label: bool, tmp_path: Path) -> None:
     labelled(multi_label).save(tmp_path / "drops.npz")
     drops = MaskingDrops.load(tmp_path / "drops.npz")
-    assert drops.labels is not None
-    assert drops.logits is not None
-    assert drops.masked_logits is not None
     prob = drops.masked_logits.sigmoid() if multi_label else drops.masked_logits.softmax(dim=4)
     left = (prob * drops.targets[:, None]).sum(dim=4)
     lost = drops.original[0, :, None] - left

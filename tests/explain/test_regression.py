@@ -237,21 +237,6 @@ def test_ranks_agree_when_a_tolerance_is_reached() -> None:
     assert stopped(1.0) == "budget"
 
 
-@pytest.mark.parametrize("paired", [True, False])
-def test_strata_are_drawn_without_replacement(
-    paired: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for listed in (0, strata.LISTED):
-        monkeypatch.setattr(strata, "LISTED", listed)
-        middle = strata.Stratum(6, 3, paired, (0, 1))
-        units = np.concatenate([middle.draw(4), middle.draw(middle.units - 4)])
-        assert len(np.unique(units, axis=0)) == middle.units == (10 if paired else 20)
-        assert (units.sum(axis=1) == 3).all()
-        assert units[:, 0].all() == paired
-    first = np.array([strata.Stratum(6, 2, paired, (seed, 0)).draw(1)[0] for seed in range(600)])
-    np.testing.assert_allclose(first.mean(axis=0), 1 / 3, atol=0.09)
-
-
 def test_allocation() -> None:
     spread = np.array([4.0, 1.0, 2.0, 0.0])
     found = strata.allocate(spread, [100, 100, 100, 100], 71, np.ones(4))

@@ -83,7 +83,6 @@ def test_subsets_agree_with_inference(case: LayerCase, fill: str, expert: int | 
     rows, absent = draw_subsets(case)
     model = masked_model(case, interaction_layer(case), fill, expert)
     logits = computed(model, rows, absent)
-    assert logits is not None
     torch.testing.assert_close(logits, by_inference(model, rows, absent), rtol=0, atol=1e-12)
     assert torch.equal(model.logits(rows, absent), logits)
     assert logits.std(dim=0).min() > 1e-3, "control: a constant would not pass"
@@ -106,7 +105,6 @@ def test_subsets_in_float32(case: LayerCase, fill: str) -> None:
         )
     )
     logits, threads = computed(single, rows, absent), torch.get_num_threads()
-    assert logits is not None
     assert_within_budget(
         logits, by_inference(low, rows, absent), by_inference(high, rows, absent), "logits"
     )
