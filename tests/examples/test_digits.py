@@ -32,7 +32,6 @@ from examples.digits.data import (
     load,
     make_pairs,
 )
-from examples.digits.figure import draw_pairs
 from examples.digits.report import print_report
 from examples.digits.settings import Settings
 from examples.digits.token_pairs import evaluate, explain_first, make_layer, train_layer
@@ -143,10 +142,6 @@ def test_a_layer_that_is_not_swapped_is_an_error(
         pipeline.swapped(model, batch)
 
 
-def test_experts_over_token_pairs_are_those_of_the_reference_layer() -> None:
-    assert tuple(make_layer(TASKS[0], TINY).experts) == ("unique_0", "unique_1", *EXPERTS[2:])
-
-
 def test_explained_patches_add_up_to_the_logit(digits: Digits, encoded: Encoded) -> None:
     pairs, layer = draw(TASKS[2], digits, digits.test, 30), make_layer(TASKS[2], TINY).eval()
     result = evaluate(layer, pairs, encoded, digits)
@@ -201,23 +196,12 @@ def test_report_marks_the_expected_and_the_largest_share(results: dict[str, Any]
         layer["most_relied_on"] = ["synergy", "redundancy"] if name == "redundant" else ["synergy"]
     console = Console(file=io.StringIO(), width=100)
     print_report(results, console)
-    assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     for task, verdict in zip(TASKS, ("no", "no", "tied", "yes"), strict=True):
         [line] = [line for line in lines if task.name in line and "70%" in line]
         cells = [cell.strip() for cell in line.strip("│").split("│")]
         assert cells[-1] == verdict
         assert cells[4] == ("*[70%]" if verdict == "yes" else "*70%")
-
-
-def test_figures_show_the_values(results: dict[str, Any]) -> None:
-    sample = results["token_pair_layer"]["synergy"]["first_sample"]
-    sample["pairs"] = [[0.01 * (i - 5) * (j + 1) for j in range(16)] for i in range(16)]
-    sample["patches"][1] = [float(j) for j in range(16)]
-    pairs, image = draw_pairs("synergy", sample).axes[:2]
-    [shown] = pairs.get_images()
-    assert shown.get_array().tolist() == sample["pairs"]
-    assert image.get_images()[1].get_array().ravel().tolist() == list(range(16))
 
 
 def test_a_stopped_run_leaves_no_results_of_an_earlier_one(
