@@ -14,7 +14,14 @@ import torch
 
 import flmoe_kernels
 from bench import table
-from flmoe_kernels import FusionTransformer, ReferenceInteractionMoE, explain
+from flmoe_kernels import (
+    BackendUnavailable,
+    FusionTransformer,
+    ReferenceInteractionMoE,
+    explain,
+)
+from flmoe_kernels.core.backend import BACKENDS, CAPABILITIES
+from tests.support import readme_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -145,3 +152,23 @@ def test_the_readme_is_short() -> None:
     text = (ROOT / "README.md").read_text()
     assert text.count("\n") <= 150
     assert len(text.split()) <= 1200
+
+
+def test_the_readmes_table_is_the_capability_table() -> None:
+    expected = {
+        operator: {
+            backend: tuple(str(d).removeprefix("torch.") for d in row.get(backend, ()))
+            for backend in BACKENDS
+        }
+        for operator, row in CAPABILITIES.items()
+    }
+    assert readme_table.table() == expected
+
+
+DASHES = [(op, name) for op, row in CAPABILITIES.items() for name in BACKENDS if name not in row]
+
+
+@pytest.mark.parametrize(("operator", "backend"), DASHES)
+def test_every_dash_is_an_error(operator: str, backend: str) -> None:
+    with pytest.raises(BackendUnavailable, match=f"{operator}.*{backend}"):
+        readme_table.call(operator, backend, torch.float32)
