@@ -107,15 +107,9 @@ FINGERPRINTS: dict[str, dict[str, tuple[str, ...]]] = {
         "BaseGate.get_loss": ("311814278d3021a93f9e0fea6cbe29e7",),
         "BaseGate.has_loss": ("b6503039116525a2e46ebdde0ad9476d",),
         "BaseGate.set_loss": ("f037ad60a8cc0be76a99fbe29b00a362",),
-        "FMoE.expert_fn": (
-            "4315d39fe4b40a1cc389256f45d73494",
-            "d9ed5e60ea26c1d4b8ec5ed8c558555a",
-        ),
+        "FMoE.expert_fn": ("4315d39fe4b40a1cc389256f45d73494", "d9ed5e60ea26c1d4b8ec5ed8c558555a"),
         "FMoE.expert_fn_single": ("2c9da5c93b5c665ecabf29342f91d02f",),
-        "FMoE.forward": (
-            "ba0f3195564d6fd26c1bed2251b018a8",
-            "f53d693901407037e3ed9bd5dd29406a",
-        ),
+        "FMoE.forward": ("ba0f3195564d6fd26c1bed2251b018a8", "f53d693901407037e3ed9bd5dd29406a"),
         "FMoE.mark_parallel_comm": ("8365c91e332b4dbfa113553fd95d6b51",),
         "FMoELinear.extra_repr": ("9acb88ca17b0006efbc8381fb4af63df",),
         "FMoELinear.forward": (

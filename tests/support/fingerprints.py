@@ -3,6 +3,7 @@
     python -m tests.support.fingerprints fl_i2moe=PATH i2moe=PATH fastmoe=PATH
 
 PATH is a git checkout. Every version in its history counts; of FastMoE, the releases from 1.0 on and HEAD.
+Run `make format` afterwards.
 """
 
 from __future__ import annotations
@@ -82,29 +83,15 @@ def stand_ins() -> Table:
     return {name: tuple(prints) for name, prints in found.items()}
 
 
-def written(tables: dict[str, Table]) -> str:
-    """The text of the module with these tables."""
-    lines = [f'"""{fingerprints.__doc__}"""', "", "from __future__ import annotations", ""]
-    lines += ["FINGERPRINTS: dict[str, dict[str, tuple[str, ...]]] = {"]
-    for repository, table in tables.items():
-        lines.append(f'    "{repository}": {{')
-        for name, prints in table.items():
-            lines += [
-                f'        "{name}": (',
-                *(f'            "{x}",' for x in prints),
-                "        ),",
-            ]
-        lines.append("    },")
-    return "\n".join([*lines, "}", ""])
-
-
 def main() -> None:
     paths = dict(argument.split("=", 1) for argument in sys.argv[1:])
     tables = {
         name: table_of(path, FASTMOE if name == "fastmoe" else LINEAGE)
         for name, path in paths.items()
     }
-    Path(str(fingerprints.__file__)).write_text(written(tables), encoding="utf-8")
+    text = f'"""{fingerprints.__doc__}"""\n\nfrom __future__ import annotations\n\n'
+    text += f"FINGERPRINTS: dict[str, dict[str, tuple[str, ...]]] = {tables!r}\n"
+    Path(str(fingerprints.__file__)).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
