@@ -295,16 +295,6 @@ def test_layers_at_places_that_cannot_be_changed_are_reported(
     assert not registered or model.layer is layer
 
 
-def test_layers_in_lists_and_dicts_anywhere_are_replaced() -> None:
-    model, layer = nn.Module(), make_layer()
-    model.held = ([layer], {"a": {"b": layer}}, functools.partial(print, layer=layer))
-    model.box = Box([layer])
-    report = swap(model, check=False)
-    assert report.left == ()
-    fast = [model.held[0][0], model.held[1]["a"]["b"], model.held[2].keywords["layer"]]
-    assert all(isinstance(x, InteractionMoE) and x is fast[0] for x in (*fast, *model.box.layer))
-
-
 def test_a_hook_that_calls_the_layer_is_reported() -> None:
     model = nn.Module()
     model.layer, model.other = make_layer(), nn.Linear(2, 2)

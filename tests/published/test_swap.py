@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
+import types
 from typing import Any
 
 import pytest
@@ -103,6 +105,8 @@ class Holder(nn.Module):
         self.several = nn.ModuleList([make_layer(i2, seed=3), nn.Identity(), shared])
         self.again = shared
         self.unregistered = [{"teacher": make_layer(seed=4)}, shared]
+        self.called = functools.partial(print, layer=shared)
+        self.plain = types.SimpleNamespace(layers=[shared])
         object.__setattr__(self, "shortcut", shared)
 
 
@@ -115,6 +119,7 @@ def test_finds_layers_anywhere_in_the_model() -> None:
     assert model.several[2] is fast
     assert model.unregistered[1] is fast
     assert vars(model)["shortcut"] is fast
+    assert model.called.keywords["layer"] is model.plain.layers[0] is fast
     places = (
         fast,
         model.deep[0][0]["net"].moe,
@@ -125,6 +130,7 @@ def test_finds_layers_anywhere_in_the_model() -> None:
     assert len({id(place) for place in places}) == 4
     names = {name for entry in report.swapped for name in entry.name.split(", ")}
     held = "several.0 several.2 again unregistered.1 shortcut unregistered.0.teacher"
+    held += " called.keywords.layer plain.layers.0"
     assert names == {"deep.0.0.net.moe", *held.split()}
 
 
