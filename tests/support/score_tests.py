@@ -188,13 +188,8 @@ class ScoreTests:
         (q, k, a, c, head), options = arguments(PairCase(5, 4, kinds=KINDS), torch.float32)
         options["target"] = torch.ones(len(q), dtype=torch.int64)
         expected = pair_map(q, k, a, c, head, **options, backend=self.backend)
-        for target in (
-            1,
-            np.int64(1),
-            torch.tensor(1),
-            [1] * len(q),
-            np.ones(len(q), dtype=np.int8),
-        ):
+        several = [1] * len(q)
+        for target in (1, np.int64(1), torch.tensor(1), several, np.array(several, dtype=np.int8)):
             options["target"] = target
             found = pair_map(q, k, a, c, head, **options, backend=self.backend)
             assert torch.equal(found, expected)
