@@ -172,16 +172,12 @@ def broken_nvcc(tmp_path: Path) -> Path:
     return program
 
 
-def configured(checkout: Path, tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run the build up to CMake's decision about CUDA; the sources do not compile."""
-    return run(BUILD, cwd=without_kernels(checkout, tmp_path / "broken"), env=env)
-
-
 def without_kernels(checkout: Path, folder: Path) -> Path:
     """A checkout whose C++ files are all broken, so that a failing build does not compile kernels first."""
     shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns("build", "dist"))
     shutil.rmtree(folder / "csrc")
-    for name in ("bindings/module.cpp", "cpu/dispatch.cpp", "cpu/kernels/kernel.cpp"):
+    kernels = ("cpu/kernels/kernel.cpp", "cpu/avx512bf16/kernel.cpp")
+    for name in ("bindings/module.cpp", "cpu/dispatch.cpp", *kernels):
         path = folder / "csrc" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("this is not C++;\n")
@@ -191,7 +187,10 @@ def without_kernels(checkout: Path, folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_values_of_flmoe_cuda(checkout: Path, tmp_path: Path, broken_nvcc: Path) -> None:
-    """Without a working nvcc, FLMOE_CUDA=1 is an error; FLMOE_CUDA=0 does not search for nvcc."""
+    """Without a working nvcc, FLMOE_CUDA=1 is an error; FLMOE_CUDA=0 does not search for nvcc.
+
+    The last two builds reach CMake's decision about CUDA; the sources do not compile.
+    """
     require_build_tools()
     nvcc = str(broken_nvcc)
     wrong = run(BUILD, cwd=checkout, env={"FLMOE_CUDA": "yes"})
@@ -201,13 +200,17 @@ def test_values_of_flmoe_cuda(checkout: Path, tmp_path: Path, broken_nvcc: Path)
     assert missing.returncode != 0
     assert "CUDACXX='no-such-nvcc' is not an executable program" in missing.stderr
 
-    required = configured(checkout, tmp_path / "1", FLMOE_CUDA="1", CUDACXX=nvcc)
+    broken = without_kernels(checkout, tmp_path / "broken")
+    required = run(BUILD, cwd=broken, env={"FLMOE_CUDA": "1", "CUDACXX": nvcc})
     assert required.returncode != 0
     assert "FLMOE_CUDA=1 requires the CUDA kernels, but" in required.stderr
     assert "nvcc cannot compile a program here" in " ".join(required.stderr.split())
-    never = configured(checkout, tmp_path / "3", FLMOE_CUDA="0", CUDACXX=nvcc)
+    never = run(BUILD, cwd=broken, env={"FLMOE_CUDA": "0", "CUDACXX": nvcc})
     assert "CUDA kernels are not built: FLMOE_CUDA=0" in never.stdout
     assert "Looking for a CUDA compiler" not in never.stdout
+    assert never.returncode != 0
+    assert "log above" in never.stderr
+    assert "kernel.cpp" in never.stdout + never.stderr
 
 
 # Source of a module whose docstring is the reason.
@@ -241,13 +244,3 @@ def test_module_reports_why_nvcc_does_not_work(
     reason = run([sys.executable, "-c", LOAD, str(module)], cwd=tmp_path).stdout
     assert reason.startswith(f"{broken_nvcc} cannot compile a program here (if it does not")
     assert reason.strip() in " ".join(built.stderr.split())
-
-
-@pytest.mark.slow
-def test_compile_error_points_to_the_log(checkout: Path, tmp_path: Path) -> None:
-    require_build_tools()
-    broken = without_kernels(checkout, tmp_path / "broken")
-    result = run(BUILD, cwd=broken, env={"FLMOE_CUDA": "0"})
-    assert result.returncode != 0
-    assert "log above" in result.stderr
-    assert "kernel.cpp" in result.stdout + result.stderr
