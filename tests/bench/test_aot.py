@@ -74,9 +74,7 @@ def compiled(name: str, architecture: Architecture) -> Row:
 
 
 def report_of(name: str, architecture: Architecture) -> Report:
-    report = compiled(name, architecture).report
-    assert report is not None
-    return report
+    return compiled(name, architecture).report
 
 
 @select(more=AMD)
