@@ -142,7 +142,8 @@ class _Replacement(ModuleType):
         def refuse(*args: Any, **kwargs: Any) -> None:
             raise ModuleNotFoundError(f"{self.__name__} is not installed, so {name} cannot be used")
 
-        return type(name, (), {"__init__": refuse})
+        # `swap` trusts such a class as one of the standard library: it computes nothing.
+        return type(name, (), {"__init__": refuse, "__module__": "builtins"})
 
 
 class _Finder(MetaPathFinder, Loader):
