@@ -1,27 +1,10 @@
 """Launches of expert_linear's kernels: allocation, tiles, splits of rows.
 
-Why not torch.bmm: predicted by counting, not measured, for an H100 (989 TFLOP/s in bfloat16, 3.35 TB/s, 132 SMs)
-at mmimdb, E 4, R 49536 rows per expert:
-
-    forward, K 256 -> N 512 with bias: 52 GFLOP, 53 us of the matrix units; reading x and w and writing out once is
-    305 MB, 91 us. So it is memory-bound, and every further pass over out costs time. bmm followed by an addition
-    of the bias reads and writes out again, 406 MB and 121 us more; baddbmm with a broadcast bias copies it to all
-    of out and reads it back, the same bytes; torch has a bias in the epilogue for one matrix, not for a batch.
-    Here a tile adds the bias before its only store.
-
-    gradient of x: the same product without a bias, 305 MB. No gain over cuBLAS is expected here, and little loss
-    if it is memory-bound.
-
-    gradients of w: sums over 49536 rows into few tiles: 16 (256 x 256), 32 (512 x 256) and 48 (768 x 256) of
-    128 x 128. Unless cuBLAS splits the sums, only that many of 132 SMs work: a tile is 1.6 GFLOP, 217 us of an SM,
-    while memory would take 61, 91 and 121 us. Here the rows are split over at most _PROGRAMS programs, which all
-    run at the same time; their partial sums, at most 17 MB, fit into L2 between two kernels. The same kernel
-    computes the gradient of the bias; a separate sum would read grad_out again, 203 MB and 61 us at N 512.
-
-At mimic (E 5, R 1536, D 128) each of these is 0.25 to 0.76 GFLOP and 4 to 8 MB, a few us: it is bound by launches,
-one for the forward and three for the backward.
-
-The order of sums depends only on shapes, not on the GPU.
+torch.bmm is not used: at the sizes of a layer these products are bound by memory, and a bias added after it reads
+and writes the result again, while here a tile adds it before its only store. A weight's gradient is a sum over
+many rows into few tiles, fewer than an H100 has multiprocessors. Here its rows are split over at most _PROGRAMS
+programs, which all run at the same time; their partial sums fit into L2. The same kernel computes the gradient of
+the bias; a separate sum would read grad_out again. The order of sums depends only on shapes, not on the GPU.
 """
 
 from __future__ import annotations
@@ -67,16 +50,11 @@ class Tiles:
     registers: Mapping[int, int] = field(default_factory=dict)
 
 
-# (kernel, class of the call) -> tiles, the same for every architecture. 128 x 128 takes 64 FLOP per byte from L2
-# and what sm_90's matrix units read from shared memory at full rate; 64 deep is one line of 128 bytes. Three
-# stages of that are 96 KiB: two blocks fit an SM of sm_90 and sm_100, and one what sm_89 and sm_12x have. Eight
-# warps, because four would hold 128 sums a thread; slices, so that few results at a time are rounded and stored.
-# sm_90 reads operands from shared memory and fits 128 registers, two blocks; sm_80 holds them in registers: there
-# a block has the SM to itself, which the compiler must be told for the product, or it takes 128 and spills.
-# "ragged" is for widths that are no whole tiles, whose masks and addresses take registers: half as deep they do
-# not spill, and a block has the SM to itself. float32 multiplies three times, with operands split in registers: a
-# quarter of the tile for four warps. None of the cases of tests/bench/test_aot.py spills. Which tiles are fastest
-# has not been measured.
+# (kernel, class of the call) -> tiles, the same for every architecture, as in routed_mlp/triton/table.py; not
+# measured. sm_90 reads operands from shared memory and fits 128 registers, two blocks; sm_80 holds them in
+# registers: there a block has the SM to itself, which the compiler must be told for the product, or it takes 128
+# and spills. "ragged" is for widths that are no whole tiles, whose masks and addresses take registers: half as
+# deep they do not spill, and a block has the SM to itself.
 TABLE = {
     ("product", "16 bit"): Tiles(128, 128, 64, 4, 8, 3, (65536, 98304, 98320), {80: 168, 90: 128}),
     ("weight_gradient", "16 bit"): Tiles(128, 128, 64, 1, 8, 3, (65536, 100352, 100384), {90: 128}),

@@ -35,13 +35,10 @@ class Tiles:
     shared: tuple[int, int, int]
 
 
-# (kernel, float32) -> tiles, the same for every architecture. A thread takes 16 bytes of each of a tile's four
-# parts, 32 elements in 16 bits and 16 in float32, which is enough bytes on their way for a few blocks of four
-# warps to hide memory's latency. The gradient of a norm keeps two sums for each element and takes half of that, in
-# vectors of 8 bytes; views hold two operands at once and have no parts. Pooling adds rows up in the tile, which is
-# no wider than one group of columns, so that a segment and view have as many programs as there are groups. Nothing
-# spills, at widths that are no whole tiles neither; shared memory is for sums across warps alone. Which tiles are
-# fastest has not been measured.
+# (kernel, float32) -> tiles, the same for every architecture; not measured. A thread takes 16 bytes of each of a
+# tile's four parts. The gradient of a norm keeps two sums for each element and takes half of that, in vectors of 8
+# bytes; views hold two operands at once and have no parts. Pooling adds rows up in the tile, which is no wider
+# than one group of columns, so that a segment and view have as many programs as there are groups.
 TABLE = {
     ("norm", False): Tiles(4096, 0, 4, (128, 128, 128)),
     ("norm", True): Tiles(2048, 0, 4, (64, 64, 64)),
