@@ -7,6 +7,7 @@
 
 #include <array>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -47,6 +48,43 @@ template <typename F>
 void without_gil(const F& body) {
   py::gil_scoped_release release;
   body();
+}
+
+// Runs a kernel of the active instruction set.
+template <typename Args>
+void run(void (*flmoe::Kernels::*kernel)(DType, const Args&), int dtype, const Args& args) {
+  const DType type = dtype_of(dtype);
+  without_gil([&] { (flmoe::active_kernels().*kernel)(type, args); });
+}
+
+// How Python passes a field of a kernel's arguments.
+template <typename T>
+struct Passed {
+  using Type = T;
+  static T field(T x) { return x; }
+};
+template <typename T>
+struct Passed<T*> {
+  using Type = Address;
+  static T* field(Address address) { return pointer<T>(address); }
+};
+template <>
+struct Passed<flmoe::DropoutSpec> {
+  using Type = std::pair<Address, int64_t>;  // seed, threshold
+  static flmoe::DropoutSpec field(const Type& x) { return dropout(x.first, x.second); }
+};
+
+// Binds a kernel to a function of the dtype and these fields of its arguments; the others are 0.
+// `complete` checks the arguments, or fills in what follows from them.
+template <typename Args, typename F, typename... T>
+void bind(py::module_& m, const char* name, void (*flmoe::Kernels::*kernel)(DType, const Args&),
+          const F& complete, T Args::*... fields) {
+  m.def(name, [=](int dtype, typename Passed<T>::Type... values) {
+    Args args{};
+    ((args.*fields = Passed<T>::field(values)), ...);
+    complete(args);
+    run(kernel, dtype, args);
+  });
 }
 
 void bind_expert_attention(py::module_& m);

@@ -36,8 +36,7 @@ void bind_expert_attention(py::module_& m) {
                                 Address lse, int threads) {
     const auto args =
         attention_args(q, k, v, cumulative, five(sizes), scale, seed, threshold, out, lse, threads);
-    const DType type = dtype_of(dtype);
-    without_gil([&] { flmoe::active_kernels().attention_forward(type, args); });
+    run(&flmoe::Kernels::attention_forward, dtype, args);
   });
   m.def("attention_backward",
         [](int dtype, const py::tuple& q, const py::tuple& k, const py::tuple& v,
@@ -49,8 +48,7 @@ void bind_expert_attention(py::module_& m) {
                                         out, lse, threads);
           args.grad_out = view(grad_out);
           args.grad_q = view(grad_q), args.grad_k = view(grad_k), args.grad_v = view(grad_v);
-          const DType type = dtype_of(dtype);
-          without_gil([&] { flmoe::active_kernels().attention_backward(type, args); });
+          run(&flmoe::Kernels::attention_backward, dtype, args);
         });
 }
 

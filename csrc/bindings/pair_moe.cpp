@@ -9,8 +9,7 @@ void bind_pair_moe(py::module_& m) {
            int64_t top_k, double scale, int threads, int reduce, Address y, Address mass) {
           const flmoe::PairForward args{pair_args(tensors, sizes, kinds, top_k, scale, threads),
                                         pair_reduce(reduce), pointer(y), pointer(mass)};
-          const DType type = dtype_of(dtype);
-          without_gil([&] { flmoe::active_kernels().pair_forward(type, args); });
+          run(&flmoe::Kernels::pair_forward, dtype, args);
         });
   m.def("pair_backward",
         [](int dtype, const py::tuple& tensors, const Sizes& sizes, const Kinds& kinds,
@@ -27,8 +26,7 @@ void bind_pair_moe(py::module_& m) {
                                          pointer(grad_c),
                                          pointer(grad_bias),
                                          fresh};
-          const DType type = dtype_of(dtype);
-          without_gil([&] { flmoe::active_kernels().pair_backward(type, args); });
+          run(&flmoe::Kernels::pair_backward, dtype, args);
         });
   m.def("pair_candidates", [](const Sizes& sizes, int64_t count) {
     if (count < 1) throw std::invalid_argument("count: expected 1 or more");
@@ -42,8 +40,7 @@ void bind_pair_moe(py::module_& m) {
           flmoe::PairScores args{};
           args.in = pair_args(tensors, sizes, kinds, top_k, scale, threads);
           args.head = view(head), args.map = pointer(map);
-          const DType type = dtype_of(dtype);
-          without_gil([&] { flmoe::active_kernels().pair_map(type, args); });
+          run(&flmoe::Kernels::pair_map, dtype, args);
         });
   m.def("pair_top", [](int dtype, const py::tuple& tensors, const Sizes& sizes, const Kinds& kinds,
                        int64_t top_k, double scale, int threads, const py::tuple& head,
@@ -53,8 +50,7 @@ void bind_pair_moe(py::module_& m) {
     args.head = view(head), args.count = count, args.values = pointer(values);
     args.i = pointer<int64_t>(i), args.j = pointer<int64_t>(j);
     args.candidates = pointer(candidates);
-    const DType type = dtype_of(dtype);
-    without_gil([&] { flmoe::active_kernels().pair_top(type, args); });
+    run(&flmoe::Kernels::pair_top, dtype, args);
   });
 }
 

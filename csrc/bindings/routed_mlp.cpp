@@ -52,8 +52,7 @@ void bind_routed_mlp(py::module_& m) {
            int threads, Address out, Address hidden) {
           const flmoe::RoutedForward args{routed_args(tensors, sizes, strides, act, threads),
                                           pointer(out), pointer(hidden)};
-          const DType type = dtype_of(dtype);
-          without_gil([&] { flmoe::active_kernels().routed_forward(type, args); });
+          run(&flmoe::Kernels::routed_forward, dtype, args);
         });
   // grads = (x, weight, w_in, b_in, w_out, b_out, w_gate, b_gate)
   m.def("routed_backward",
@@ -70,8 +69,7 @@ void bind_routed_mlp(py::module_& m) {
                                            pointer(grads[5]),
                                            pointer(grads[6]),
                                            pointer(grads[7])};
-          const DType type = dtype_of(dtype);
-          without_gil([&] { flmoe::active_kernels().routed_backward(type, args); });
+          run(&flmoe::Kernels::routed_backward, dtype, args);
         });
 }
 

@@ -123,8 +123,7 @@ void bind_routing(py::module_& m) {
   m.def("routing_gate", [](int dtype, const std::array<Address, 3>& tensors, const GateSizes& sizes,
                            bool over_all, int threads) {
     const flmoe::GateArgs args = gate_args(tensors, sizes, over_all, threads);
-    const DType type = dtype_of(dtype);
-    without_gil([&] { flmoe::active_kernels().routing_gate(type, args); });
+    run(&flmoe::Kernels::routing_gate, dtype, args);
   });
   m.def("routing_limit",
         [](const std::array<Address, 3>& tensors, const LimitSizes& sizes, int64_t capacity) {

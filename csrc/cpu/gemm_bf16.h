@@ -3,8 +3,7 @@
 // C (M x N) = or += A (M x K) B (K x N). Operands are read as pairs of neighbours in depth: A by
 // its two strides, so rows with contiguous depth are read in place; B as pair rows, row p =
 // (B[2p][0], B[2p+1][0], B[2p][1], ...). An odd depth ends with a pair whose second element is 0 in
-// both operands. The tiles are those of gemm.h; one instruction does twice the multiply-adds of
-// float32.
+// both operands. One instruction does twice the multiply-adds of float32.
 #pragma once
 
 #include "cpu/panels.h"
@@ -17,8 +16,26 @@ inline int64_t pairs_of(int64_t depth) {
   return (depth + 1) / kPair;
 }
 
+// Strides are in elements; a_col is that of a pair.
+struct PairSteps {
+  using A = float;
+  using E = BFloat16;
+  using Row = VecI32;
+  static constexpr int64_t kUnit = kPair;
+  static Row column(const E* a) {
+    int32_t pair;
+    std::memcpy(&pair, a, sizeof pair);
+    return pair - VecI32{};
+  }
+  static Row row(const E* b) {
+    Row pairs;
+    std::memcpy(&pairs, b, sizeof pairs);
+    return pairs;
+  }
+};
+
 #if defined(__AVX512BF16__)
-struct NativeDot {
+struct NativeDot : PairSteps {
   static VecF add(VecF sum, VecI32 a, VecI32 b) {
     return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
@@ -27,7 +44,7 @@ struct NativeDot {
 
 // The exact arithmetic of the instruction, for tests: the second product first, fused steps rounded
 // to nearest even, subnormal operands and sums are 0.
-struct EmulatedDot {
+struct EmulatedDot : PairSteps {
   static float flushed(float x) {
     return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x;
   }
@@ -42,70 +59,6 @@ struct EmulatedDot {
     return sum;
   }
 };
-
-// Strides are in elements; a_col is that of a pair.
-template <typename Dot, int ROWS, int VECS>
-inline void micro_gemm_bf16(int64_t pairs, const BFloat16* a, int64_t a_row, int64_t a_col,
-                            const BFloat16* b, int64_t b_row, float* c, int64_t c_row,
-                            bool accumulate) {
-  VecF acc[ROWS][VECS];
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v) acc[i][v] = VecF{};
-  for (int64_t k = 0; k < pairs; ++k) {
-    VecI32 row[VECS];
-#pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v)
-      std::memcpy(&row[v], b + k * b_row + v * kPair * kLanes<float>, sizeof row[v]);
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-      int32_t pair;
-      std::memcpy(&pair, a + i * a_row + k * a_col, sizeof pair);
-      const VecI32 x = pair - VecI32{};
-#pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) acc[i][v] = Dot::add(acc[i][v], x, row[v]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v) {
-      float* to = c + i * c_row + v * kLanes<float>;
-      store(to, accumulate ? load(to) + acc[i][v] : acc[i][v]);
-    }
-}
-
-template <typename Dot, int VECS, int ROWS>
-inline void panel_gemm_bf16(int64_t m, int64_t pairs, const BFloat16* a, int64_t a_row,
-                            int64_t a_col, const BFloat16* b, int64_t b_row, float* c,
-                            int64_t c_row, bool accumulate) {
-  int64_t i = 0;
-  for (; i + ROWS <= m; i += ROWS)
-    micro_gemm_bf16<Dot, ROWS, VECS>(pairs, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row,
-                                     c_row, accumulate);
-  for (; i + 2 <= m; i += 2)
-    micro_gemm_bf16<Dot, 2, VECS>(pairs, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row,
-                                  c_row, accumulate);
-  for (; i < m; ++i)
-    micro_gemm_bf16<Dot, 1, VECS>(pairs, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row,
-                                  c_row, accumulate);
-}
-
-// n is a multiple of kLanes<float>.
-template <typename Dot>
-[[gnu::noinline]] void gemm_bf16(int64_t m, int64_t n, int64_t pairs, const BFloat16* a,
-                                 int64_t a_row, int64_t a_col, const BFloat16* b, int64_t b_row,
-                                 float* c, int64_t c_row, bool accumulate) {
-  constexpr int64_t kWide = kMaxPanelVectors * kLanes<float>;
-  int64_t j = 0;
-  for (; j + kWide <= n; j += kWide)
-    panel_gemm_bf16<Dot, kMaxPanelVectors, 6>(m, pairs, a, a_row, a_col, b + kPair * j, b_row,
-                                              c + j, c_row, accumulate);
-  for (; j < n; j += kLanes<float>)
-    panel_gemm_bf16<Dot, 1, 12>(m, pairs, a, a_row, a_col, b + kPair * j, b_row, c + j, c_row,
-                                accumulate);
-}
 
 // One pair row: n elements of two rows alternate; the second is null after an odd depth. Elements
 // up to `padded` are 0.
@@ -208,7 +161,8 @@ struct Bf16Operands {
 
   static void gemm(int64_t m, int64_t n, int64_t depth, const E* a, int64_t a_row, int64_t a_col,
                    const E* b, int64_t b_row, A* c, int64_t c_row, bool add) {
-    gemm_bf16<NativeDot>(m, n, pairs_of(depth), a, a_row, a_col, b, b_row, c, c_row, add);
+    flmoe::FLMOE_ISA::gemm<NativeDot>(m, n, pairs_of(depth), a, a_row, a_col, b, b_row, c, c_row,
+                                      add);
   }
 
   static void pack(const T* weight, int64_t stride, bool depth_is_rows, int64_t depth,
@@ -248,13 +202,13 @@ void run_product_bf16(const ProductBf16& args) {
   if (args.depth_is_rows) {
     pack_depth_rows(args.a, args.m, args.depth, args.m, args.m, a);
     pack_depth_rows(args.b, args.n, args.depth, args.n, args.n_padded, b);
-    gemm_bf16<Dot>(args.m, args.n_padded, pairs, a, kPair, kPair * args.m, b, b_row, args.c,
-                   args.n_padded, true);
+    gemm<Dot>(args.m, args.n_padded, pairs, a, kPair, kPair * args.m, b, b_row, args.c,
+              args.n_padded, true);
   } else {
     pack_even_rows(args.a, args.depth, args.m, args.depth, a);
     pack_depth_columns(args.b, args.depth, args.depth, args.n, args.n_padded, b_row, b);
-    gemm_bf16<Dot>(args.m, args.n_padded, pairs, a, kPair * pairs, kPair, b, b_row, args.c,
-                   args.n_padded, true);
+    gemm<Dot>(args.m, args.n_padded, pairs, a, kPair * pairs, kPair, b, b_row, args.c,
+              args.n_padded, true);
   }
 }
 

@@ -254,31 +254,37 @@ struct ProductBf16 {
   bool depth_is_rows;
 };
 
+// All entry points: X(name, result, arguments).
+#define FLMOE_KERNELS(X)                                                               \
+  X(attention_forward, void, DType, const AttentionForward&)                           \
+  X(attention_backward, void, DType, const AttentionBackward&)                         \
+  X(linear_forward, void, DType, const LinearArgs&)                                    \
+  X(linear_backward, void, DType, const LinearArgs&)                                   \
+  X(norm_forward, void, DType, const NormArgs&)                                        \
+  X(norm_backward, void, DType, const NormArgs&)                                       \
+  X(mlp_forward, void, DType, const MlpArgs&)                                          \
+  X(mlp_backward, void, DType, const MlpArgs&)                                         \
+  X(pool_forward, void, DType, const PoolArgs&)                                        \
+  X(pool_backward, void, DType, const PoolArgs&)                                       \
+  X(views_forward, void, DType, const ViewsArgs&)                                      \
+  X(views_backward, void, DType, const ViewsArgs&)                                     \
+  X(encoder_inference, void, DType, const EncoderInference&)                           \
+  X(loss_forward, void, DType, const LossArgs&)                                        \
+  X(loss_backward, void, DType, const LossArgs&)                                       \
+  X(pair_forward, void, DType, const PairForward&)                                     \
+  X(pair_backward, void, DType, const PairBackward&)                                   \
+  X(pair_map, void, DType, const PairScores&)                                          \
+  X(pair_top, void, DType, const PairScores&)                                          \
+  X(routing_gate, void, DType, const GateArgs&)                                        \
+  X(routing_limit, bool, const LimitArgs&)       /* false: an index is out of range */ \
+  X(routing_dispatch, bool, const DispatchArgs&) /* the same */                        \
+  X(routed_forward, void, DType, const RoutedForward&)                                 \
+  X(routed_backward, void, DType, const RoutedBackward&)
+
 struct Kernels {
-  void (*attention_forward)(DType, const AttentionForward&);
-  void (*attention_backward)(DType, const AttentionBackward&);
-  void (*linear_forward)(DType, const LinearArgs&);
-  void (*linear_backward)(DType, const LinearArgs&);
-  void (*norm_forward)(DType, const NormArgs&);
-  void (*norm_backward)(DType, const NormArgs&);
-  void (*mlp_forward)(DType, const MlpArgs&);
-  void (*mlp_backward)(DType, const MlpArgs&);
-  void (*pool_forward)(DType, const PoolArgs&);
-  void (*pool_backward)(DType, const PoolArgs&);
-  void (*views_forward)(DType, const ViewsArgs&);
-  void (*views_backward)(DType, const ViewsArgs&);
-  void (*encoder_inference)(DType, const EncoderInference&);
-  void (*loss_forward)(DType, const LossArgs&);
-  void (*loss_backward)(DType, const LossArgs&);
-  void (*pair_forward)(DType, const PairForward&);
-  void (*pair_backward)(DType, const PairBackward&);
-  void (*pair_map)(DType, const PairScores&);
-  void (*pair_top)(DType, const PairScores&);
-  void (*routing_gate)(DType, const GateArgs&);
-  bool (*routing_limit)(const LimitArgs&);        // false: an index is out of range
-  bool (*routing_dispatch)(const DispatchArgs&);  // the same
-  void (*routed_forward)(DType, const RoutedForward&);
-  void (*routed_backward)(DType, const RoutedBackward&);
+#define FLMOE_POINTER(name, result, ...) result (*name)(__VA_ARGS__);
+  FLMOE_KERNELS(FLMOE_POINTER)
+#undef FLMOE_POINTER
 };
 
 namespace baseline {

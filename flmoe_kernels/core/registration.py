@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch.autograd import forward_ad
@@ -15,12 +16,28 @@ _LEVELS = 64  # of nested torch.vmap
 _library = torch.library.Library("flmoe", "FRAGMENT")
 
 
+class Derivative(NamedTuple):
+    """The derivative of an operator.
+
+    inputs: number of the first arguments that may have a gradient.
+    save: save(*arguments, *results) returns the tensors and the other values that `backward` needs.
+    backward: backward(*gradients of the results, *tensors, *values, wants, backend) returns the gradients of the
+        arguments, of any values where not wanted; default: flmoe::<name>_backward, with `wants` if it has them.
+    results: number of the first results that have a gradient.
+    """
+
+    inputs: int
+    save: Callable[..., tuple[Sequence[torch.Tensor | None], tuple]]
+    backward: Callable[..., Any] | None = None
+    results: int = 1
+
+
 def define(
     name: str,
     schema: str,
     run: Callable[..., Any],
     fake: Callable[..., Any],
-    autograd: tuple[Callable[..., None], Callable[..., tuple]] | None = None,
+    derivative: Derivative | None = None,
     *,
     flops: formulas.Formula,
     fake_by_backend: bool = False,
@@ -34,7 +51,6 @@ def define(
         schema: "(arguments) -> results" without the backend, which is appended as `str backend='cpu'`.
         run: run(backend, *arguments) computes the results.
         fake: fake(*arguments) returns empty results with the right shapes and dtypes.
-        autograd: (setup_context, backward), see torch.library.register_autograd.
         flops: flops(*arguments) counts the FLOP of the matrix products.
         fake_by_backend: fake(backend, *arguments) instead, because shapes of results depend on the backend.
     """
@@ -59,11 +75,51 @@ def define(
     torch.library.impl(f"flmoe::{name}", ("cpu", "cuda"), kernel)
     torch.library.register_fake(f"flmoe::{name}", empty)
     formulas.register(operator, flops, count)
-    if autograd is not None:
-        setup, derivative = autograd
-        torch.library.register_autograd(
-            f"flmoe::{name}", _checked(name, derivative), setup_context=setup
-        )
+    if derivative is not None:
+        _differentiate(name, count, *derivative)
+    elif name.endswith("_backward"):
+        first_order_only(name)
+
+
+def _differentiate(
+    name: str,
+    count: int,
+    inputs: int,
+    save: Callable[..., tuple],
+    backward: Callable[..., Any] | None,
+    results: int,
+) -> None:
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        *arguments, ctx.backend = inputs
+        output = (output,) if isinstance(output, torch.Tensor) else output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[results:])
+        tensors, ctx.values = save(*arguments, *output)
+        ctx.save_for_backward(*tensors)
+
+    def derivative(ctx: Any, *grads: Any) -> tuple:
+        grads = grads[:results]
+        if all(grad is None for grad in grads):
+            return (None,) * (count + 1)
+        wants = ctx.needs_input_grad[:inputs]
+        compute = backward or _backward_operator(name)
+        # The saved tensors are read once: checkpointing and hooks unpack them at every read.
+        found = compute(*grads, *ctx.saved_tensors, *ctx.values, wants, ctx.backend)
+        found = (found,) if isinstance(found, torch.Tensor) else found
+        wanted = [grad if want else None for grad, want in zip(found, wants, strict=True)]
+        return (*wanted, *(None,) * (count + 1 - inputs))
+
+    torch.library.register_autograd(
+        f"flmoe::{name}", _checked(name, derivative), setup_context=setup
+    )
+
+
+@functools.cache
+def _backward_operator(name: str) -> Callable[..., Any]:
+    operator: Callable[..., Any] = getattr(torch.ops.flmoe, f"{name}_backward")
+    if any(each.name == "wants" for each in operator.default._schema.arguments):  # type: ignore[attr-defined]
+        return operator
+    return lambda *args: operator(*args[:-2], args[-1])
 
 
 def _checked(name: str, derivative: Callable[..., tuple]) -> Callable[..., tuple]:

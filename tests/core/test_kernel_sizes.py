@@ -22,8 +22,6 @@ from bench.aot.operators import (
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.core.triton.target import TARGETS, assume
 from flmoe_kernels.ops.encoder.triton.view_rows import ALL, ViewRows
-from flmoe_kernels.ops.expert_attention.triton import launch as attention
-from flmoe_kernels.ops.expert_attention.triton.choice import tiles_of
 from flmoe_kernels.profile.shapes import RoutedShape
 
 BFLOAT16 = torch.bfloat16
@@ -32,15 +30,15 @@ Launches = Iterator[tuple[str, Launch]]
 
 def of_rows(batch: int, width: int, counted: bool = False) -> Launches:
     use = encoder_rows.RowsUse("", BFLOAT16, 4, 3, 24 * batch, 2 * batch, width, 0.5, counted)
-    for name, _, launch in encoder_rows.launches_of(use):
-        yield name, launch
+    yield from encoder_rows.launches_of(use)
 
 
 def of_fused(batch: int, width: int) -> Launches:
     """Widths with fused steps are powers of two."""
     width = 1 << (width - 1).bit_length()
     use = encoder_rows.RowsUse("", BFLOAT16, 4, 3, 24 * batch, 2 * batch, width, 0.5, True)
-    yield from encoder_fused.launches_of(use, 90)
+    with assume(TARGETS[90]):
+        yield from encoder_fused.launches_of(use).items()
 
 
 def of_linear(batch: int, width: int, counted: bool = False) -> Launches:
@@ -54,9 +52,8 @@ def of_linear(batch: int, width: int, counted: bool = False) -> Launches:
 def of_attention(batch: int, width: int) -> Launches:
     runs = (24,) * batch
     use = expert_attention.AttentionUse("", BFLOAT16, 12, 24 * batch + 1, runs, 4, width // 4)
-    call = attention.readable(use.call())
-    for kernel in expert_attention.KERNELS:
-        yield kernel, expert_attention.launch_of(kernel, tiles_of(kernel, call, 90), call, use)
+    with assume(TARGETS[90]):
+        yield from expert_attention.launches_of(use)
 
 
 def of_layer(batch: int, width: int) -> Launches:
@@ -69,7 +66,7 @@ def of_routed(batch: int, width: int) -> Launches:
     with pytest.MonkeyPatch.context() as patch, assume(TARGETS[90]):
         patch.setattr(routed_mlp, "ODD", (shape,))
         use = routed_mlp.of(shape.name)
-        yield from routed_mlp.launches_of(use, use.call(), 90)
+        yield from routed_mlp.launches_of(use, use.call())
     yield from routing.launches_of(shape, BFLOAT16)
 
 

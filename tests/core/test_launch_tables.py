@@ -19,7 +19,7 @@ from flmoe_kernels.core.triton.target import Target, assume
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from bench.aot.cases import meta
-from bench.aot.operators import expert_attention, pair_moe, routed_mlp
+from bench.aot.operators import expert_attention, interaction_moe, pair_moe, routed_mlp
 from flmoe_kernels.core.triton.launches import gpu_target, matrix_precision
 from flmoe_kernels.ops.encoder.triton import fused_launch as fused
 from flmoe_kernels.ops.expert_attention.triton import choice as attention_choice
@@ -141,6 +141,10 @@ def test_every_replacement_is_used_by_some_call() -> None:
             used.add(("encoder", number, fused.tiles_of(kernel, 256 if wide else 128, number)))
     for name, architecture, key, tiles in replacements():
         assert (name, architecture, tiles) in used, (name, architecture, key)
+
+
+def test_the_tables_of_the_layer_name_every_kernel() -> None:
+    assert set(interaction_moe.TABLE) == set(interaction_moe.KERNELS)
 
 
 def test_buffers_for_other_tiles_are_refused() -> None:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from flmoe_kernels.ops.routing import triton as kernels
 from flmoe_kernels.ops.routing.api import dispatch, gate
-from flmoe_kernels.ops.routing.triton import launch as routing_launch
 from tests.support.inputs import draw, gradients
 
 TRITON = "triton"
@@ -83,9 +82,9 @@ def test_limit(masked: bool, capacity: int | None) -> None:
 
 
 def test_many_blocks_are_scanned_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing_launch, "BLOCK", 16)
-    monkeypatch.setattr(routing_launch, "_HELD", 32)
-    monkeypatch.setattr(routing_launch, "_SCAN", (4, 2))
+    monkeypatch.setattr(kernels, "BLOCK", 16)
+    monkeypatch.setattr(kernels, "_HELD", 32)
+    monkeypatch.setattr(kernels, "_SCAN", (4, 2))
     index = index_of(50, 4, 5, 0.1)
     found, want = (dispatch(index, 5, backend=b) for b in (TRITON, "cpu"))
     assert all(map(torch.equal, found, want))

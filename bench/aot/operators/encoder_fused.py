@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 
 from bench.aot.cases import Built, meta, stated
 from bench.aot.operators.encoder_rows import RowsUse, of_layer
-from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.launches import Launch, record
 from flmoe_kernels.core.triton.target import Architecture
-from flmoe_kernels.ops.encoder.triton import fused_launch as launches
-from flmoe_kernels.ops.encoder.triton import linear_launch
-from flmoe_kernels.ops.encoder.triton.rows_launch import Dropout
+from flmoe_kernels.ops.encoder.triton import fused, linear_launch
+from flmoe_kernels.ops.encoder.triton.fused_launch import WIDE, tiles_of
+from flmoe_kernels.ops.encoder.triton.linear_kernels import product_kernel, weight_gradient_kernel
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 KERNELS: tuple[str, ...] = ("norm_product", "mlp", "mlp_gradient", "product_norm_gradient")
 # Kernels of expert_linear with a step of the layer.
 PRODUCTS = ("added_product", "added_product twice", "norm_weight_gradient")
 EVERY = (*KERNELS, "mlp_gradient twice", *PRODUCTS)
+NAMES = {
+    **{getattr(fused, f"{name}_kernel"): name for name in KERNELS},
+    product_kernel: "added_product",
+    weight_gradient_kernel: "norm_weight_gradient",
+}
 
 # (use, kernels, quick).
 USES: tuple[tuple[RowsUse, tuple[str, ...], bool], ...] = (
@@ -32,54 +34,46 @@ USES: tuple[tuple[RowsUse, tuple[str, ...], bool], ...] = (
 
 
 def built(use: RowsUse, kernel: str, architecture: Architecture) -> Built:
-    launch = dict(launches_of(use, architecture))[kernel]
+    launch = launches_of(use)[kernel]
     if kernel in PRODUCTS:
         tiles = linear_launch.TABLE["product", "16 bit"]
         if kernel == "norm_weight_gradient":
             tiles = linear_launch.NORM_TILES.tiles("16 bit", architecture)
         return Built(launch, 2, kernel, stated(tiles.shared, architecture))
-    wide = ", wide" if use.width > launches.WIDE else ""
+    wide = ", wide" if use.width > WIDE else ""
     kernel = kernel.split()[0]
-    shared = launches.tiles_of(kernel, use.width, architecture).shared
+    shared = tiles_of(kernel, use.width, architecture).shared
     steps = launch.constants["WIDTH" if "COLUMNS" in launch.constants else "DEPTH"] // 16
     return Built(launch, steps, kernel + wide, stated(shared, architecture))
 
 
-def launches_of(use: RowsUse, architecture: Architecture) -> Iterator[tuple[str, Launch]]:
-    x, vector = use.layer(), use.tensor(use.experts, use.width)
-    hidden, bias = use.layer(2), use.tensor(use.experts, 2 * use.width)
-    mean = meta(tuple(x.shape[:2]), FLOAT32)
-    w_qkv, w_proj, w_in = (
-        use.tensor(use.experts, times * use.width, use.width) for times in (3, 1, 2)
+def launches_of(use: RowsUse) -> dict[str, Launch]:
+    """Launches of a training step by result; the first of each."""
+    x, hidden, statistics = (
+        use.layer(),
+        use.layer(2),
+        meta((use.experts, use.layer().shape[1]), FLOAT32),
+    )
+    vector, bias = (use.tensor(use.experts, times * use.width) for times in (1, 2))
+    w_proj, w_in, w_qkv = (
+        use.tensor(use.experts, times * use.width, use.width) for times in (1, 2, 3)
     )
     w_out = use.tensor(use.experts, use.width, 2 * use.width)
-    dropout = Dropout(meta((), torch.int64), use.dropout_p)
-    affine, saved, rest = (vector, vector), (x, mean, mean, vector), (use.computed(), architecture)
-    results = (use.layer(3), mean, mean)
-    yield "norm_product", launches.norm_product(x, affine, w_qkv, 1e-5, results, *rest)
-    weights, dropouts = (w_in, bias, w_out, vector), (dropout, dropout)
-    rows = (x, hidden, mean, mean)
-    yield "mlp", launches.mlp(x, affine, weights, dropouts, 1e-5, rows, *rest)
-
-    def parts(kernel: str) -> torch.Tensor:
-        blocks = launches.blocks(kernel, x, *rest)
-        return meta((use.experts, blocks, 2, use.width), FLOAT32)
-
-    grads: tuple[Any, ...] = (hidden, hidden, x, x, x, parts("mlp_gradient"))
-    given = (x, x), (*saved, hidden), (w_in, w_out), dropouts
-    yield "mlp_gradient", launches.mlp_gradient(*given, False, grads, *rest)
-    grads = (*grads[:3], None, *grads[4:])
-    yield "mlp_gradient twice", launches.mlp_gradient(*given, True, grads, *rest)
-    name = "product_norm_gradient"
-    step = launches.product_norm_gradient(
-        (x, use.layer(3)), saved, w_qkv, dropout, (x, x, x, parts(name)), *rest
-    )
-    yield name, step
-    for name, residual in (("added_product", x), ("added_product twice", None)):
-        _, found = linear_launch.forward(x, w_proj, vector, rest[0], (residual, dropout))
-        yield name, found[0]
-    norm = (mean, mean, vector, vector)
-    _, found = linear_launch.weight_backward(
-        hidden, x, w_in, True, True, *rest[:1], norm, architecture
-    )
-    yield "norm_weight_gradient", found[0]
+    drop, norm, limits = (meta((), torch.int64), use.dropout_p), (vector, vector), use.limits
+    saved, every = (x, statistics, statistics), [True] * 8
+    with record() as found:
+        fused.norm_linear(x, *norm, w_qkv, 1e-5, **limits)
+        fused.norm_mlp(x, norm, (w_in, bias, w_out, vector), drop, drop, 1e-5, True, **limits)
+        for twice in (False, True):
+            weights = (w_in, w_out, drop, drop, twice, every)
+            fused.norm_mlp_backward(x, x, (*saved, hidden), norm, *weights, **limits)
+        fused.norm_linear_backward(x, use.layer(3), saved, norm, w_qkv, drop, every[:5], **limits)
+        for residual in (x, None):
+            fused.add_linear(residual, x, w_proj, vector, *drop, **limits)
+    launches: dict[str, Launch] = {}
+    for launch in found:
+        name = NAMES.get(launch.kernel, "")
+        name += " twice" if launch.constants.get("TWICE") else ""
+        if name and (name != "norm_weight_gradient" or launch.arguments["mean"] is not None):
+            launches.setdefault(name, launch)
+    return launches

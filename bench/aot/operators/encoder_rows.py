@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.aot.cases import Built, meta, stated
-from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.launches import Launch, record
 from flmoe_kernels.core.triton.target import Architecture
-from flmoe_kernels.ops.encoder.triton import rows_launch as launches
-from flmoe_kernels.ops.encoder.triton.view_rows import ALL, ViewRows
+from flmoe_kernels.ops.encoder.triton import rows
+from flmoe_kernels.ops.encoder.triton.rows_launch import pool_class, tiles_of
 from flmoe_kernels.profile.shapes import LayerShape, by_name
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
@@ -41,8 +42,9 @@ class RowsUse:
     def variant(self) -> str:
         return "count" if self.counted else "" if self.dropout_p else "no dropout"
 
-    def computed(self) -> ViewRows:
-        return ViewRows(meta((1,), torch.int32), self.views) if self.counted else ALL
+    @property
+    def limits(self) -> dict[str, Any]:
+        return {"count": meta((1,), torch.int32), "views": self.views} if self.counted else {}
 
     def tensor(self, *shape: int) -> Tensor:
         return meta(shape, self.dtype)
@@ -86,52 +88,40 @@ USES: tuple[tuple[RowsUse, tuple[str, ...], bool], ...] = (
 
 
 def built(use: RowsUse, kernel: str, architecture: Architecture) -> Built:
-    row, launch = {name: (row, launch) for name, row, launch in launches_of(use)}[kernel]
+    row = kernel.split()[0]
+    row = pool_class(use.rows, use.segments) if row == "pool" else row
     kind = ", float32" if use.dtype == FLOAT32 else ""
-    shared = launches.tiles_of(row, use.dtype).shared
     # The table covers the named shapes only: a kernel with one row per tile takes more shared memory.
-    table = None if use.shape.startswith("width") else stated(shared, architecture)
-    return Built(launch, tiles=f"{row}{kind}", table=table)
+    named = not use.shape.startswith("width")
+    table = stated(tiles_of(row, use.dtype).shared, architecture) if named else None
+    return Built(dict(launches_of(use))[kernel], tiles=f"{row}{kind}", table=table)
 
 
-def launches_of(use: RowsUse) -> Iterator[tuple[str, str, Launch]]:
-    """Launches of a training step as (result, row of the launch table, launch)."""
-    x, affine = use.layer(), use.tensor(use.experts, use.width)
-    statistics = meta(tuple(x.shape[:2]), FLOAT32)
-    dropout = launches.Dropout(meta((), torch.int64), use.dropout_p)
-    results, computed = (x, x, statistics, statistics), use.computed()
-    norm = (affine, affine), dropout, 1e-5
-    alone = launches.norm_launch(x, None, *norm, (None, *results[1:]), computed)
-    yield "norm alone", "norm", alone
-    yield "norm", "norm", launches.norm_launch(x, x, *norm, results, computed)
-    yield "norm twice", "norm", launches.norm_launch(None, x, *norm, results, computed)
-    saved = (x, statistics, statistics, affine)
-    parts = meta(launches.norm_parts_shape(x, computed), FLOAT32)
-    for name, twice, grad in (("norm_gradient", False, x), ("norm_gradient twice", True, None)):
-        grads = (grad, x, affine, affine)
-        rest = (twice, grads, parts, computed)
-        gradients = launches.norm_gradient_launches((x, x), saved, dropout, *rest)
-        yield name, "norm_gradient", gradients[0]
-    yield "norm_sum", "norm_sum", gradients[1]
-    wide = use.layer(2)
-    yield "gelu", "gelu", launches.gelu_launch(wide, dropout, wide, computed)
-    gradient = launches.gelu_gradient_launch(wide, wide, dropout, wide, computed)
-    yield "gelu_gradient", "gelu_gradient", gradient
-    runs = meta((use.segments + 1,), torch.int32)
+def launches_of(use: RowsUse) -> Iterator[tuple[str, Launch]]:
+    """Launches of a training step as (result, launch)."""
+    x, wide, vector = use.layer(), use.layer(2), use.tensor(use.experts, use.width)
+    drop, counted, every = (meta((), torch.int64), use.dropout_p), use.limits, [True] * 4
+    mean = rstd = meta(tuple(x.shape[:2]), FLOAT32)
+    modality, runs = meta((use.rows,), torch.int32), meta((use.segments + 1,), torch.int32)
     pooled = use.tensor(use.experts, use.views, use.segments, use.width)
-    size = launches.pool_class(use.rows, use.segments)
-    yield "pool", size, launches.pool_launch(x, x, runs, dropout, pooled)
-    none = launches.Dropout(None, 0.0)
-    yield "pool alone", size, launches.pool_launch(x, None, runs, none, pooled)
-    yield (
-        "pool_gradient",
-        "pool_gradient",
-        launches.pool_gradient_launch(pooled, runs, dropout, x, x),
-    )
-    modality = meta((use.rows,), torch.int32)
     before, after = (
         use.tensor(use.experts, copies, use.rows, 3 * use.width) for copies in (2, use.views)
     )
-    yield "views", "views", launches.views_launch(before, modality, after, computed.count)
-    gradient = launches.views_gradient_launch(after, modality, before, computed.count)
-    yield "views_gradient", "views_gradient", gradient
+    names: list[str] = []
+    with record() as found:
+        names += ["norm alone", "norm", "norm twice"]
+        for residual, update in ((x, None), (x, x), (None, x)):
+            rows.norm(residual, update, vector, vector, *drop, 1e-5, **counted)
+        names += ["norm_gradient", "norm_sum", "norm_gradient twice", "norm_sum"]
+        for twice in (False, True):
+            rows.norm_backward(x, x, x, mean, rstd, vector, *drop, twice, every, **counted)
+        names += ["gelu", "gelu_gradient", "pool", "pool alone", "pool_gradient"]
+        rows.gelu(wide, *drop, **counted)
+        rows.gelu_backward(wide, wide, *drop, **counted)
+        rows.pool(x, x, runs, use.views, *drop)
+        rows.pool(x, None, runs, use.views, None, 0.0)
+        rows.pool_backward(pooled, runs, use.views, x.shape[1], *drop, every[:2])
+        names += ["views", "views_gradient"]
+        rows.views_of(before, modality, use.views, counted.get("count"))
+        rows.views_backward(after, modality, counted.get("count"))
+    yield from zip(names, found, strict=True)

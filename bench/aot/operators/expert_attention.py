@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from bench.aot.cases import Built, meta, stated
-from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.launches import Launch, record
 from flmoe_kernels.core.triton.target import Architecture
-from flmoe_kernels.ops.expert_attention.triton import launch as launches
+from flmoe_kernels.ops.expert_attention import triton as attention
 from flmoe_kernels.ops.expert_attention.triton.choice import tiles_of
-from flmoe_kernels.ops.expert_attention.triton.table import (
-    AttentionCall,
-    Tiles,
-    class_of,
-    is_short,
-)
+from flmoe_kernels.ops.expert_attention.triton.table import AttentionCall, class_of, is_short
 from flmoe_kernels.profile.shapes import LayerShape, by_name
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
@@ -105,27 +101,21 @@ def kernels_of(call: AttentionCall) -> tuple[str, ...]:
 
 
 def built(use: AttentionUse, kernel: str, architecture: Architecture) -> Built:
-    call = launches.readable(use.call())
+    call = use.call()
     tiles = tiles_of(kernel, call, architecture)
     over_width, over_tile = PRODUCTS[kernel]
     return Built(
-        launch_of(kernel, tiles, call, use),
+        dict(launches_of(use))[kernel],
         over_width * min(4, use.width // 16) + 4 * over_tile,
         f"{kernel}, {class_of(call)}, {tiles.rows} x {tiles.columns}",
         stated(tiles.shared, architecture),
     )
 
 
-def launch_of(kernel: str, tiles: Tiles, call: AttentionCall, use: AttentionUse) -> Launch:
-    out = meta(tuple(call.q.shape), use.dtype)
-    lse = meta(tuple(call.q.shape[:3]), torch.float32)
-    grad_q, grad_k, grad_v = use.packed()
-    match kernel:
-        case "attend":
-            return launches.attend_launch(tiles, call, out, lse)
-        case "query_gradient":
-            return launches.query_gradient_launch(tiles, call, out, out, lse, lse, grad_q)
-        case "gradient":
-            grads = (grad_q, grad_k, grad_v)
-            return launches.gradient_launch(tiles, call, out, out, lse, grads)
-    return launches.key_gradient_launch(tiles, call, out, lse, lse, grad_k, grad_v)
+def launches_of(use: AttentionUse) -> Iterator[tuple[str, Launch]]:
+    call = use.call()
+    rest = (call.cu_seqlens, call.seed, call.dropout_p, call.scale)
+    with record() as found:
+        out, lse = attention.forward(call.q, call.k, call.v, *rest)
+        attention.backward(use.packed(), out, call.q, call.k, call.v, out, lse, *rest)
+    yield from zip(kernels_of(call), found, strict=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from bench.aot.cases import Built, meta, stated
-from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.launches import Launch, record
 from flmoe_kernels.core.triton.target import Architecture
-from flmoe_kernels.ops.interaction_losses.triton import launch as losses
-from flmoe_kernels.ops.reweighting.triton import launch as reweighting
+from flmoe_kernels.ops.interaction_losses import triton as losses
+from flmoe_kernels.ops.reweighting import triton as reweighting
 from flmoe_kernels.profile.shapes import LayerShape, by_name
 
 KERNELS = ("losses", "mean", "gradient", "features", "features_gradient", "mix", "mix_gradient")
@@ -37,15 +37,20 @@ class LayerUse:
     def launches(self) -> dict[str, Launch]:
         modalities, total = len(self.lengths), sum(self.lengths)
         experts, views, width = modalities + 2, modalities + 1, modalities * self.dim
-        mixture = reweighting.call_launches(
-            meta((self.batch, total, self.dim), self.dtype),
-            meta((self.batch, total), torch.bool) if self.masked else None,
-            self.lengths,
-            meta((experts, self.batch, self.classes), self.dtype),
-        )
         latents = meta((experts, views, self.batch, width), self.dtype)
         exists = meta((self.batch, modalities), torch.bool) if self.masked else None
-        return losses.call_launches(latents, exists) | mixture
+        tokens = meta((self.batch, total, self.dim), self.dtype)
+        mask = meta((self.batch, total), torch.bool) if self.masked else None
+        weights = meta((self.batch, experts), self.dtype)
+        logits = meta((experts, self.batch, self.classes), self.dtype)
+        normalized = (1 << modalities) - 1 if self.masked else 0
+        with record() as found:
+            losses.losses_backward(losses.losses(latents, exists), latents, exists)
+            features, statistics = reweighting.features(tokens, mask, self.lengths, normalized)
+            reweighting.features_backward(features, features, statistics, mask, self.lengths)
+            _, mixed = reweighting.mix(weights, logits, 1.0)
+            reweighting.mix_backward(weights, mixed, weights, logits, (True, True), 1.0)
+        return dict(zip(KERNELS, found, strict=True))
 
 
 def of_layer(name: str, dtype: torch.dtype, masked: bool = True) -> LayerUse:

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from bench.aot.cases import Built, meta, stated
-from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.launches import Launch, record
 from flmoe_kernels.core.triton.target import Architecture
-from flmoe_kernels.ops.pair_moe.call import REDUCE_NONE, REDUCE_POOL, PairCall
+from flmoe_kernels.ops.pair_moe import triton
+from flmoe_kernels.ops.pair_moe.call import REDUCE_NONE, PairCall
 from flmoe_kernels.ops.pair_moe.kinds import kind_codes
-from flmoe_kernels.ops.pair_moe.triton import launch as launches
 from flmoe_kernels.ops.pair_moe.triton.choice import tiles_of
-from flmoe_kernels.ops.pair_moe.triton.kernels import accumulate_kernel, gradient_kernel
+from flmoe_kernels.ops.pair_moe.triton.kernels import (
+    accumulate_kernel,
+    gradient_kernel,
+    project_kernel,
+)
 from flmoe_kernels.ops.pair_moe.triton.map_kernels import map_kernel
 from flmoe_kernels.ops.pair_moe.triton.table import class_of
 from flmoe_kernels.profile.shapes import PairShape, by_name
@@ -113,7 +117,7 @@ USES: tuple[tuple[PairUse, tuple[str, ...], bool], ...] = (
 
 def built(use: PairUse, output: str, architecture: Architecture) -> Built:
     call = use.call()
-    launch = dict(launches_of(call, use.reduce, architecture))[output]
+    launch = dict(launches_of(call, use.reduce))[output]
     kernel = KERNELS.get(launch.kernel)
     if kernel is None:
         return Built(launch)
@@ -122,40 +126,22 @@ def built(use: PairUse, output: str, architecture: Architecture) -> Built:
     return Built(launch, LEAST[output], row, stated(tiles.shared, architecture))
 
 
-def launches_of(
-    call: PairCall, reduce: str, architecture: Architecture
-) -> Iterator[tuple[str, Launch]]:
+def launches_of(call: PairCall, reduce: str) -> Iterator[tuple[str, Launch]]:
     """Launches of a call as (result, launch); "project" is the launch for side a."""
-    statistics = call.statistics
-    y = out = meta(call.y_shape(reduce), call.y_dtype(reduce))
-    tiles = tiles_of("accumulate", call, architecture, reduce)
-    if reduce == REDUCE_POOL:
-        blocks = launches.row_blocks(tiles, call)
-        out = meta((call.batch, call.experts, blocks, call.width), statistics)
-    mass = meta(tuple(call.q.shape[:3]), statistics)
-    yield "y", launches.forward_launch(tiles, call, reduce, out, mass)
-    sides = launches.make_sides(call, reduce, call.q.dtype, of_mass=True)
-    yield "project", launches.project_launches(call, reduce, y, mass, sides)[0]
-    q, k, a, c = (meta(tuple(x.shape), call.q.dtype) for x in (call.q, call.k, call.a, call.c))
-    sums, gates = (tiles_of(kernel, call, architecture) for kernel in ("accumulate", "gradient"))
-    bias = meta((call.batch, launches.row_blocks(gates, call), call.experts), statistics)
+    with record() as found:
+        y, mass = triton.forward(call, reduce)
+    yield "y", found[0]
     # Those of q and k also compute those of a and c, where launch.together allows.
-    for name, grads, sums_of_bias in (
-        ("grad_a", (None, None, a, None), None),
-        ("grad_c", (None, None, None, c), None),
-        ("grad_q", (q, None, a, None), bias),
-        ("grad_k", (None, k, None, c), None),
-    ):
-        backward = launches.backward_launches(
-            sums, gates, call, reduce, y, sides, grads, sums_of_bias
-        )
-        yield name, backward[0]
+    for name, wanted in (("grad_a", "a"), ("grad_c", "c"), ("grad_q", "qab"), ("grad_k", "kc")):
+        with record() as found:
+            triton.backward(call, reduce, y, mass, [each in wanted for each in "qkacb"])
+        if name != "grad_a":  # which does not use the sides
+            yield "project", found[0]
+        yield name, next(each for each in found if each.kernel is not project_kernel)
     if reduce != REDUCE_NONE:
-        sides = launches.make_sides(call, REDUCE_POOL, statistics)
-        tiles = tiles_of("map", call, architecture)
-        for name, experts, kind in (
-            ("phi", call.experts, statistics),
-            ("keys", call.experts + 1, torch.int64),
-        ):
-            out = meta((call.batch, experts, call.rows, call.columns), kind)
-            yield name, launches.map_launch(tiles, call, sides, out, 0, call.rows)
+        head = meta((call.batch, call.experts, call.width), call.q.dtype)
+        with record() as phi:
+            triton.pair_map(call, head)
+        with record() as keys:
+            triton.top_pairs(call, head, 1)
+        yield from (("phi", phi[-1]), ("keys", keys[-1]))

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from bench.aot.cases import Built, dtype_name, meta, stated
-from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.launches import Launch, record
 from flmoe_kernels.core.triton.target import Architecture
+from flmoe_kernels.ops.routed_mlp import triton
 from flmoe_kernels.ops.routed_mlp.call import RoutedCall
-from flmoe_kernels.ops.routed_mlp.triton import launch as launches
 from flmoe_kernels.ops.routed_mlp.triton.choice import tiles_of
+from flmoe_kernels.ops.routed_mlp.triton.kernels import weight_gradient_kernel
 from flmoe_kernels.profile.shapes import RoutedShape, by_name
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
@@ -110,7 +111,7 @@ USES: tuple[tuple[RoutedUse, tuple[str, ...], bool], ...] = (
 
 def built(use: RoutedUse, output: str, architecture: Architecture) -> Built:
     call = use.call()
-    launch = dict(launches_of(use, call, architecture))[output]
+    launch = dict(launches_of(use, call))[output]
     kernel = KERNELS.get(output)
     if kernel is None:
         return Built(launch)
@@ -123,36 +124,18 @@ def built(use: RoutedUse, output: str, architecture: Architecture) -> Built:
     return Built(launch, least, row, stated(tiles.shared, architecture))
 
 
-def launches_of(
-    use: RoutedUse, call: RoutedCall, architecture: Architecture
-) -> Iterator[tuple[str, Launch]]:
-    """Launches of a call as (result, launch)."""
-    layer, layers = meta((call.rows, call.hidden), use.dtype), meta(call.layers_shape, use.dtype)
-    parts = meta((call.tokens, call.choices, call.width), use.dtype)
-    grad_out, grad_weight = meta(call.x.shape, use.dtype), meta(call.weight.shape, use.dtype)
-    tiles = {kernel: tiles_of(kernel, call, architecture) for kernel in set(KERNELS.values())}
-    yield "hidden", launches.hidden_launch(tiles["hidden"], call, layers, layer)
-    yield "rows", launches.rows_launch(tiles["rows"], call, layer, parts)
-    yield "sum", launches.sum_launch(parts, grad_out)
-    of_gradient = tiles["hidden_gradient"]
-    dots = meta((call.rows, launches.dot_parts(of_gradient, call)), FLOAT32)
-    saved = (grad_out, layers, layers, layer, dots)
-    yield "grad_hidden", launches.hidden_gradient_launch(of_gradient, call, *saved)
-    yield "grad_weight", launches.choice_gradient_launch(call, dots, grad_out, grad_weight)
-    yield "grad_x", launches.token_gradient_launch(tiles["rows"], call, layers, parts)
-    of_weight = tiles["weight_gradient"]
-    splits = launches.splits_of(of_weight, call)
-    for name, left, right, weight in (
-        ("w_in", (layer, False), (call.x, True), None),
-        ("w_out", (grad_out, True), (layer, False), call.weight),
-    ):
-        p, q = left[0].shape[1], right[0].shape[1]
-        grad = meta((call.experts, p, q), use.dtype)
-        bias = meta((call.experts, p), use.dtype) if use.bias else None
-        partial, of_bias = launches.gradient_parts(of_weight, call, grad, bias, splits)
-        results, sides = (grad, bias, partial, of_bias), (left, right)
-        launch = launches.weight_gradient_launch(of_weight, call, *sides, results, splits, weight)
-        yield f"grad_{name}", launch
-        if splits > 1 and partial is not None:
-            total = grad.flatten(0, 1)
-            yield f"sum_{name}", launches.sum_launch(partial.flatten(0, 1), total, splits=True)
+def launches_of(use: RoutedUse, call: RoutedCall) -> Iterator[tuple[str, Launch]]:
+    """Launches of a training step as (result, launch)."""
+    of_gate = (use.gated, use.gated and use.bias)
+    wants = (True, True, True, use.bias, True, use.bias, *of_gate)
+    with record() as forward:
+        out, hidden = triton.forward(call, True)
+    with record() as backward:
+        triton.backward(call, out, hidden, wants)
+    yield from zip(("hidden", "rows", "sum"), forward, strict=False)
+    yield from zip(("grad_hidden", "grad_weight", "grad_x"), backward, strict=False)
+    at = [i for i, each in enumerate(backward) if each.kernel is weight_gradient_kernel]
+    yield "grad_w_in", backward[at[0]]
+    yield "grad_w_out", backward[at[1]]
+    if at[1] > at[0] + 1:
+        yield "sum_w_in", backward[at[0] + 1]

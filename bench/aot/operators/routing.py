@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from bench.aot.cases import Built, meta
-from flmoe_kernels.core.triton.launches import Launch
+from flmoe_kernels.core.triton.launches import Launch, record
 from flmoe_kernels.core.triton.target import Architecture
-from flmoe_kernels.ops.routing.triton import launch as routing
+from flmoe_kernels.ops.routing import triton as routing
 from flmoe_kernels.profile.shapes import RoutedShape, by_name
 
-KERNELS = ("gate", "count", "scan", "place", "limit")
+KERNELS = ("gate", "count", "scan", "limit", "place")
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 CAPACITY = 1000
 
@@ -41,23 +41,12 @@ def built(use: RoutingUse, kernel: str, _architecture: Architecture) -> Built:
 
 
 def launches_of(sizes: RoutedShape, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    tokens, choices, experts = sizes.tokens, sizes.choices, sizes.experts
-    index = meta((tokens, choices), torch.int64)
-    mask = meta((tokens,), torch.bool)
-    weight = meta((tokens, choices), dtype)
-    blocks = routing.count_blocks(index)
-    before, totals, counts, offsets, permutation = (
-        meta(shape, torch.int32)
-        for shape in (
-            (blocks, experts + 1),
-            (experts + 1,),
-            (experts,),
-            (experts + 1,),
-            (index.numel(),),
-        )
+    index, mask = (
+        meta((sizes.tokens, sizes.choices), torch.int64),
+        meta((sizes.tokens,), torch.bool),
     )
-    yield "gate", routing.gate_launch(meta((tokens, experts), dtype), index, weight, True)
-    counting = routing.count_launches(index, mask, before, totals)
-    yield from zip(("count", "scan"), counting, strict=True)
-    yield "place", routing.place_launch(index, before, totals, counts, offsets, permutation)
-    yield "limit", routing.limit_launch(index, mask, before, index, experts, CAPACITY)
+    with record() as found:
+        routing.gate(meta((sizes.tokens, sizes.experts), dtype), sizes.choices, True)
+        routing.limit(index, mask, sizes.experts, CAPACITY)
+        routing.dispatch(index, sizes.experts)
+    yield from zip((*KERNELS[:4], "count without mask", "scan", "place"), found, strict=True)

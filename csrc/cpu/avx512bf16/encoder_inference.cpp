@@ -15,7 +15,8 @@ struct Bf16Product {
 
   static void gemm(int64_t m, int64_t n, int64_t depth, const E* a, int64_t a_row, const E* b,
                    int64_t b_row, A* c, int64_t c_row, bool add) {
-    gemm_bf16<NativeDot>(m, n, depth / kPair, a, a_row, kPair, b, kPair * b_row, c, c_row, add);
+    flmoe::FLMOE_ISA::gemm<NativeDot>(m, n, depth / kPair, a, a_row, kPair, b, kPair * b_row, c,
+                                      c_row, add);
   }
 
   template <typename T>

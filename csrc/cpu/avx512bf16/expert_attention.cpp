@@ -45,8 +45,8 @@ void forward_item(const AttentionForward& args, const Problem& p, int64_t row0, 
     pack_depth_rows(v.data, v.stride, count, width, padded, values);
     for (int64_t i0 = 0; i0 < rows; i0 += kForwardTile) {
       const int64_t tile_rows = min64(kForwardTile, rows - i0);
-      gemm_bf16<NativeDot>(tile_rows, count_padded, pairs, q + i0 * even, even, kPair, keys,
-                           kPairRow, tile, kKeyBlock, false);
+      gemm<NativeDot>(tile_rows, count_padded, pairs, q + i0 * even, even, kPair, keys, kPairRow,
+                      tile, kKeyBlock, false);
       for (int64_t i = 0; i < tile_rows; ++i) {
         float* scores = tile + i * kKeyBlock;
         float* sums = out + (i0 + i) * padded;
@@ -62,8 +62,8 @@ void forward_item(const AttentionForward& args, const Problem& p, int64_t row0, 
         for (int64_t j = 0; j < count_padded; j += kLanes<float>)
           store_rounded(probabilities + i * kKeyBlock + j, load(scores + j));
       }
-      gemm_bf16<NativeDot>(tile_rows, padded, pairs_of(count), probabilities, kKeyBlock, kPair,
-                           values, kPair * padded, out + i0 * padded, padded, true);
+      gemm<NativeDot>(tile_rows, padded, pairs_of(count), probabilities, kKeyBlock, kPair, values,
+                      kPair * padded, out + i0 * padded, padded, true);
     }
   }
   const auto kept = keep_scale<float>(dropout);
@@ -190,25 +190,25 @@ struct BackwardItem {
 
   void tile(int64_t i0, int64_t rows, int64_t j0, int64_t count) {
     const int64_t pairs = pairs_of(width), count_padded = round_up(count, kLanes<float>);
-    gemm_bf16<NativeDot>(rows, count_padded, pairs, q + i0 * even, even, kPair, keys_t, kPairRow,
-                         scores, kKeyBlock, false);
+    gemm<NativeDot>(rows, count_padded, pairs, q + i0 * even, even, kPair, keys_t, kPairRow, scores,
+                    kKeyBlock, false);
     if (wants_q || wants_k)
-      gemm_bf16<NativeDot>(rows, count_padded, pairs, grad_out + i0 * even, even, kPair, values_t,
-                           kPairRow, grads, kKeyBlock, false);
+      gemm<NativeDot>(rows, count_padded, pairs, grad_out + i0 * even, even, kPair, values_t,
+                      kPairRow, grads, kKeyBlock, false);
     for (int64_t i = 0; i < rows; ++i) tile_row(i, i0 + i, j0, count);
     if (wants_v) {
       pack_depth_rows(probability_rows, kKeyBlock, rows, count, kKeyBlock, probability_pairs);
-      gemm_bf16<NativeDot>(count, padded, pairs_of(rows), probability_pairs, kPair, kPairRow,
-                           grad_out_pairs + i0 * padded, kPair * padded, grad_values, padded, true);
+      gemm<NativeDot>(count, padded, pairs_of(rows), probability_pairs, kPair, kPairRow,
+                      grad_out_pairs + i0 * padded, kPair * padded, grad_values, padded, true);
     }
     if (wants_k) {
       pack_depth_rows(grad_rows, kKeyBlock, rows, count, kKeyBlock, grad_pairs);
-      gemm_bf16<NativeDot>(count, padded, pairs_of(rows), grad_pairs, kPair, kPairRow,
-                           q_pairs + i0 * padded, kPair * padded, grad_keys, padded, true);
+      gemm<NativeDot>(count, padded, pairs_of(rows), grad_pairs, kPair, kPairRow,
+                      q_pairs + i0 * padded, kPair * padded, grad_keys, padded, true);
     }
     if (wants_q)
-      gemm_bf16<NativeDot>(rows, padded, pairs_of(count), grad_rows, kKeyBlock, kPair, key_pairs,
-                           kPair * padded, grad_q + i0 * padded, padded, true);
+      gemm<NativeDot>(rows, padded, pairs_of(count), grad_rows, kKeyBlock, kPair, key_pairs,
+                      kPair * padded, grad_q + i0 * padded, padded, true);
   }
 
   // Writes rows of sums times `factor` to the gradient, from row `first` of the problem.

@@ -54,29 +54,8 @@ inline A keep_scale(const Dropout& d) {
   return d.threshold == 0 ? A(0) : A(65536.0 / d.threshold);
 }
 
-void attention_forward(DType, const AttentionForward&);
-void attention_backward(DType, const AttentionBackward&);
-void linear_forward(DType, const LinearArgs&);
-void linear_backward(DType, const LinearArgs&);
-void norm_forward(DType, const NormArgs&);
-void norm_backward(DType, const NormArgs&);
-void mlp_forward(DType, const MlpArgs&);
-void mlp_backward(DType, const MlpArgs&);
-void pool_forward(DType, const PoolArgs&);
-void pool_backward(DType, const PoolArgs&);
-void views_forward(DType, const ViewsArgs&);
-void views_backward(DType, const ViewsArgs&);
-void encoder_inference(DType, const EncoderInference&);
-void loss_forward(DType, const LossArgs&);
-void loss_backward(DType, const LossArgs&);
-void pair_forward(DType, const PairForward&);
-void pair_backward(DType, const PairBackward&);
-void pair_map(DType, const PairScores&);
-void pair_top(DType, const PairScores&);
-void routing_gate(DType, const GateArgs&);
-bool routing_limit(const LimitArgs&);
-bool routing_dispatch(const DispatchArgs&);
-void routed_forward(DType, const RoutedForward&);
-void routed_backward(DType, const RoutedBackward&);
+#define FLMOE_DECLARATION(name, result, ...) result name(__VA_ARGS__);
+FLMOE_KERNELS(FLMOE_DECLARATION)
+#undef FLMOE_DECLARATION
 
 }  // namespace flmoe::FLMOE_ISA

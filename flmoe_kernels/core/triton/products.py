@@ -1,4 +1,4 @@
-"""Matrix products of Triton kernels."""
+"""Matrix products of Triton kernels, and slices of their results."""
 
 # mypy: ignore-errors
 # Triton kernels have no type annotations.
@@ -21,3 +21,29 @@ def dot(x, y, total, PRECISION: tl.constexpr = "ieee"):
     else:
         x = x.to(y.dtype)
     return tl.dot(x, y, total, input_precision=PRECISION if y.dtype == tl.float32 else "ieee")
+
+
+@triton.jit
+def halves(x):
+    """The columns of a tile, the lower half and the upper."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def slices(x, COUNT: tl.constexpr):
+    """The columns of a tile in COUNT (a power of two) slices, in order."""
+    if COUNT == 1:
+        found = (x,)
+    else:
+        low, high = halves(x)
+        if COUNT == 2:
+            found = (low, high)
+        elif COUNT == 4:
+            found = halves(low) + halves(high)
+        elif COUNT == 8:
+            a, b = halves(low)
+            c, d = halves(high)
+            found = halves(a) + halves(b) + halves(c) + halves(d)
+        else:
+            found = slices(low, COUNT // 2) + slices(high, COUNT // 2)
+    return found

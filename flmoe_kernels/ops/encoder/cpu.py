@@ -101,7 +101,7 @@ def norm(
         dtype_code(x),
         *map(address, (residual, update, gain, shift)),
         eps,
-        *_dropout(seed, p),
+        _dropout(seed, p),
         residual is None,
         *map(address, (total, normed, mean, rstd)),
         *x.shape,
@@ -137,7 +137,7 @@ def norm_backward(
     native().norm_backward(
         dtype_code(total),
         *map(address, (total, mean, rstd, gain)),
-        *_dropout(seed, p),
+        _dropout(seed, p),
         self_residual,
         *map(address, (grad_total, grad_normed)),
         *map(_address_if, (*rows, *affine), (*want_rows, *wants[2:])),
@@ -173,9 +173,9 @@ def mlp(
     native().mlp_forward(
         dtype_code(x),
         *map(address, operands),
-        *_dropout(seed, p),
+        _dropout(seed, p),
         *map(address, (hidden, out)),
-        sizes,
+        *sizes,
         threads(),
     )
     return out, hidden
@@ -202,10 +202,10 @@ def mlp_backward(
     native().mlp_backward(
         dtype_code(x),
         *map(address, operands),
-        *_dropout(seed, p),
+        _dropout(seed, p),
         *map(address, (hidden, grad_out)),
         *map(_address_if, grads, wants),
-        sizes,
+        *sizes,
         threads(),
     )
     return tuple(grads)
@@ -229,9 +229,9 @@ def pool(
     native().pool_forward(
         dtype_code(residual),
         *map(address, (residual, update, cu_segments)),
-        *_dropout(seed, p),
+        _dropout(seed, p),
         address(out),
-        sizes,
+        *sizes,
         threads(),
     )
     return out
@@ -260,9 +260,9 @@ def pool_backward(
     native().pool_backward(
         dtype_code(grad_out),
         *map(address, (grad_out, cu_segments)),
-        *_dropout(seed, p),
+        _dropout(seed, p),
         *map(_address_if, (grad_residual, grad_update), wants),
-        _pool_sizes(shape, cu_segments, views),
+        *_pool_sizes(shape, cu_segments, views),
         threads(),
     )
     return grad_residual, grad_update

@@ -17,7 +17,6 @@ from flmoe_kernels.core.flops import values_of
 from flmoe_kernels.core.registration import (
     define,
     define_derivative,
-    first_order_only,
     loop_over_gradients,
 )
 from flmoe_kernels.ops.expert_attention.op import product_flops
@@ -371,5 +370,4 @@ define(
     _backward_fake,
     flops=_backward_flops,
 )
-first_order_only("encoder_layers_backward")
 loop_over_gradients("encoder_layers_backward")

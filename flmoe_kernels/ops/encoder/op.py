@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flmoe_kernels.core.dtypes import statistics_dtype
 from flmoe_kernels.core.flops import no_products, values_of
-from flmoe_kernels.core.registration import define, first_order_only
+from flmoe_kernels.core.registration import Derivative, define, first_order_only
 
 from .inference import FIRST_BIAS, LAYER_TENSORS
 from .wants import rows_wanted
@@ -47,10 +47,6 @@ def _like(x: Tensor, wanted: bool = True) -> Tensor:
     return x.new_empty(x.shape if wanted else (0,))
 
 
-def _wanted(grads: Sequence[Tensor], wants: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    return tuple(grad if want else None for grad, want in zip(grads, wants, strict=True))
-
-
 # ---- expert_linear ----
 
 
@@ -59,17 +55,6 @@ def _linear_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     bias = x.new_empty(weight.shape[:2] if want_bias else (0,))
     return _like(x, want_x), _like(weight, want_weight), bias
-
-
-def _linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, _, ctx.backend = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _linear_autograd(ctx: Any, grad: Tensor) -> tuple:
-    wants = ctx.needs_input_grad[:3]
-    grads = _OPS.expert_linear_backward(grad, *ctx.saved_tensors, *wants, ctx.backend)
-    return *_wanted(grads, wants), None
 
 
 def _linear_flops(x: Tensor, weight: Tensor, _bias: Tensor | None) -> int:
@@ -87,7 +72,11 @@ define(
     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     _run("linear"),
     lambda x, weight, bias: x.new_empty((*x.shape[:2], weight.shape[1])),
-    (_linear_setup, _linear_autograd),
+    Derivative(
+        3,
+        lambda x, weight, *_: ((x, weight), ()),
+        lambda *saved: _OPS.expert_linear_backward(*saved[:3], *saved[3], saved[4]),
+    ),
     flops=_linear_flops,
 )
 define(
@@ -130,45 +119,24 @@ def _norm_backward_fake(
     return *(_like(total, want) for want in rows), *(_like(gain, want) for want in wants[2:])
 
 
-def _expert_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, gain, _, _, ctx.backend = inputs
-    _, mean, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x.contiguous(), mean, rstd, gain)
+def _add_norm_saved(
+    residual: Tensor | None, _update: Tensor, gain: Tensor, _shift: Tensor, *rest: Any
+) -> tuple[tuple, tuple]:
+    seed, p, _eps, total, _normed, mean, rstd = rest
+    return (total, mean, rstd, gain, seed), (p, residual is None)
 
 
-def _expert_norm_autograd(ctx: Any, grad: Tensor | None, *_stats: None) -> tuple:
-    if grad is None:
-        return (None,) * 5
-    want_x, *affine = ctx.needs_input_grad[:3]
-    wants = [want_x, False, *affine]
-    x_grad, _, gain, shift = _OPS.dropout_add_norm_backward(
-        None, grad, *ctx.saved_tensors, None, 0.0, False, wants, ctx.backend
-    )
-    return *_wanted([x_grad, gain, shift], [want_x, *affine]), None, None
+def _expert_norm_backward(grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
+    *tensors, (want_x, *affine), backend = saved
+    tail = (None, 0.0, False, [want_x, False, *affine], backend)
+    grad_x, _, gain, shift = _OPS.dropout_add_norm_backward(None, grad, *tensors, *tail)
+    return grad_x, gain, shift
 
 
-def _add_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    residual, _, gain, _, seed, ctx.p, _, ctx.backend = inputs
-    total, _, mean, rstd = output
-    ctx.self_residual = residual is None
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(total, mean, rstd, gain, seed)
-
-
-def _add_norm_autograd(
-    ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, *_stats: None
-) -> tuple:
-    *saved, seed = ctx.saved_tensors
-    wants = ctx.needs_input_grad[:4]
-    residual, update, *affine = _OPS.dropout_add_norm_backward(
-        grad_total, grad_normed, *saved, seed, ctx.p, ctx.self_residual, wants, ctx.backend
-    )
-    if seed is None and not ctx.self_residual:
-        update = residual
-    return *_wanted([residual, update, *affine], wants), *(None,) * 4
+def _add_norm_backward(*saved: Any) -> tuple[Tensor, ...]:
+    *_, seed, _p, self_residual, _wants, _backend = saved
+    residual, update, *affine = _OPS.dropout_add_norm_backward(*saved)
+    return residual, residual if seed is None and not self_residual else update, *affine
 
 
 define(
@@ -176,7 +144,11 @@ define(
     "(Tensor x, Tensor gain, Tensor shift, float eps) -> (Tensor, Tensor, Tensor)",
     _expert_norm,
     lambda x, gain, shift, eps: _norm_fake(x, False)[1:],
-    (_expert_norm_setup, _expert_norm_autograd),
+    Derivative(
+        3,
+        lambda x, gain, shift, eps, normed, mean, rstd: ((x.contiguous(), mean, rstd, gain), ()),
+        _expert_norm_backward,
+    ),
     flops=no_products,
 )
 define(
@@ -185,7 +157,7 @@ define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _run("norm"),
     lambda residual, update, *rest: _norm_fake(update, True),
-    (_add_norm_setup, _add_norm_autograd),
+    Derivative(4, _add_norm_saved, _add_norm_backward, results=2),
     flops=no_products,
 )
 define(
@@ -200,21 +172,6 @@ define(
 
 
 # ---- expert_mlp ----
-
-
-def _mlp_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, w_in, _, w_out, _, seed, ctx.p, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[1], w_in, w_out, seed)
-
-
-def _mlp_autograd(ctx: Any, grad: Tensor | None, _hidden: None) -> tuple:
-    if grad is None:
-        return (None,) * 8
-    wants = ctx.needs_input_grad[:5]
-    grads = _OPS.expert_mlp_backward(grad, *ctx.saved_tensors, ctx.p, wants, ctx.backend)
-    return *_wanted(grads, wants), *(None,) * 3
 
 
 def _mlp_backward_fake(
@@ -257,7 +214,13 @@ define(
     lambda x, w_in, b_in, w_out, *rest: tuple(
         x.new_empty((*x.shape[:2], weight.shape[1])) for weight in (w_out, w_in)
     ),
-    (_mlp_setup, _mlp_autograd),
+    Derivative(
+        5,
+        lambda x, w_in, _b_in, w_out, _b_out, seed, p, _out, hidden: (
+            (x, hidden, w_in, w_out, seed),
+            (p,),
+        ),
+    ),
     flops=_mlp_flops,
 )
 define(
@@ -294,19 +257,12 @@ def _pool_backward_fake(
     return tuple(grad_out.new_empty(shape if want else (0,)) for want in wanted)
 
 
-def _pool_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    residual, _, cu_segments, ctx.views, seed, ctx.p, ctx.backend = inputs
-    ctx.rows = residual.shape[1]
-    ctx.save_for_backward(cu_segments, seed)
-
-
-def _pool_autograd(ctx: Any, grad: Tensor) -> tuple:
-    cu_segments, seed = ctx.saved_tensors
-    wants = ctx.needs_input_grad[:2]
-    residual, update = _OPS.dropout_add_pool_backward(
-        grad, cu_segments, ctx.views, ctx.rows, seed, ctx.p, wants, ctx.backend
-    )
-    return *_wanted([residual, residual if seed is None else update], wants), *(None,) * 5
+def _pool_backward(
+    grad: Tensor, cu_segments: Tensor, seed: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    views, rows, *tail = rest
+    residual, update = _OPS.dropout_add_pool_backward(grad, cu_segments, views, rows, seed, *tail)
+    return residual, residual if seed is None else update
 
 
 define(
@@ -314,7 +270,14 @@ define(
     f"(Tensor residual, Tensor update, Tensor cu_segments, SymInt views, {_DROP}) -> Tensor",
     _run("pool"),
     _pool_fake,
-    (_pool_setup, _pool_autograd),
+    Derivative(
+        2,
+        lambda residual, _update, cu_segments, views, seed, p, _out: (
+            (cu_segments, seed),
+            (views, residual.shape[1], p),
+        ),
+        _pool_backward,
+    ),
     flops=no_products,
 )
 define(
@@ -330,21 +293,12 @@ define(
 # ---- expand_views ----
 
 
-def _views_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, modality, _, ctx.backend = inputs
-    ctx.save_for_backward(modality)
-
-
-def _views_autograd(ctx: Any, grad: Tensor) -> tuple:
-    return _OPS.expand_views_backward(grad, *ctx.saved_tensors, ctx.backend), *(None,) * 3
-
-
 define(
     "expand_views",
     "(Tensor x, Tensor modality, SymInt views) -> Tensor",
     _run("views_of"),
     lambda x, modality, views: x.new_empty((x.shape[0], views, *x.shape[2:])),
-    (_views_setup, _views_autograd),
+    Derivative(1, lambda _x, modality, *_: ((modality,), ())),
     flops=no_products,
 )
 define(
@@ -392,11 +346,4 @@ define(
     flops=_inference_flops,
 )
 
-first_order_only(
-    "encoder_inference",
-    "expert_linear_backward",
-    "dropout_add_norm_backward",
-    "expert_mlp_backward",
-    "dropout_add_pool_backward",
-    "expand_views_backward",
-)
+first_order_only("encoder_inference")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flmoe_kernels.core.dtypes import statistics_dtype
 from flmoe_kernels.core.flops import values_of
-from flmoe_kernels.core.registration import define, first_order_only
+from flmoe_kernels.core.registration import Derivative, define
 
 _TAIL = "Tensor cu_seqlens, Tensor? seed, float dropout_p, float scale"
 _SAVED = "Tensor out, Tensor lse"
@@ -67,32 +67,6 @@ def _fake_output(x: Tensor, shape: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape), x.new_empty(shape[:3], dtype=statistics_dtype(x.dtype))
 
 
-def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, cu, seed, p, scale, backend = inputs
-    ctx.options = (p, scale, backend)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *output, cu, seed)
-
-
-def _autograd(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple:
-    q, k, v, *saved = ctx.saved_tensors
-    if grad_out is None:
-        return (None,) * 8
-    op, wants = torch.ops.flmoe.expert_attention_backward, ctx.needs_input_grad[:3]
-    *options, backend = ctx.options
-    grads = op(grad_out, q, k, v, *saved, *options, wants, backend)
-    return *(g if want else None for g, want in zip(grads, wants, strict=True)), *(None,) * 5
-
-
-def _packed_autograd(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple:
-    qkv, *saved = ctx.saved_tensors
-    if grad_out is None:
-        return (None,) * 6
-    op = torch.ops.flmoe.expert_attention_packed_backward
-    return (op(grad_out, qkv, *saved, *ctx.options), *(None,) * 5)
-
-
 def product_flops(shape: Sequence[int], cu_seqlens: Tensor) -> int:
     """FLOP of one product of L x L scores with L rows, in all runs and heads, for q of this shape.
 
@@ -136,7 +110,10 @@ define(
     f"(Tensor q, Tensor k, Tensor v, {_TAIL}) -> (Tensor, Tensor)",
     _forward,
     lambda q, *_rest: _fake_output(q, q.shape),
-    (_setup, _autograd),
+    Derivative(
+        3,
+        lambda q, k, v, cu, seed, p, scale, *results: ((q, k, v, *results, cu, seed), (p, scale)),
+    ),
     flops=_flops,
 )
 define(
@@ -152,7 +129,10 @@ define(
     f"(Tensor qkv, {_TAIL}) -> (Tensor, Tensor)",
     _packed_forward,
     lambda qkv, *_rest: _fake_output(qkv, _packed_shape(qkv)),
-    (_setup, _packed_autograd),
+    Derivative(
+        1,
+        lambda qkv, cu, seed, p, scale, *results: ((qkv, *results, cu, seed), (p, scale)),
+    ),
     flops=_packed_flops,
 )
 define(
@@ -162,4 +142,3 @@ define(
     lambda _grad, qkv, *_rest: qkv.new_empty(qkv.shape),
     flops=_packed_backward_flops,
 )
-first_order_only("expert_attention_backward", "expert_attention_packed_backward")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from flmoe_kernels.core.dtypes import dtype_code
 from flmoe_kernels.core.native import address, empty, native, threads
-from flmoe_kernels.core.operands import expect
+from flmoe_kernels.core.operands import contiguous, expect
 
 from .call import check_shapes
 
@@ -37,4 +37,4 @@ def losses_backward(grad_losses: Tensor, latents: Tensor, exists: Tensor | None)
 def _checked(latents: Tensor, exists: Tensor | None) -> tuple[Tensor, Tensor | None]:
     expect("latents", latents, latents.shape, latents.dtype)
     check_shapes(latents, exists)
-    return latents.contiguous(), None if exists is None else exists.contiguous()
+    return latents.contiguous(), contiguous(exists)

@@ -8,11 +8,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from flmoe_kernels.core.flops import no_products
-from flmoe_kernels.core.registration import define, first_order_only
+from flmoe_kernels.core.registration import Derivative, define
 
 
 @functools.cache
@@ -31,22 +28,12 @@ def _kernels(backend: str) -> Any:
             raise ValueError(f"backend: expected cpu or triton, got {backend!r}")
 
 
-def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    latents, exists, ctx.backend = inputs
-    ctx.save_for_backward(latents, exists)
-
-
-def _autograd(ctx: Any, grad: Tensor) -> tuple:
-    op = torch.ops.flmoe.interaction_losses_backward
-    return op(grad, *ctx.saved_tensors, ctx.backend), None, None
-
-
 define(
     "interaction_losses",
     "(Tensor latents, Tensor? exists) -> Tensor",
     lambda backend, *args: _kernels(backend).losses(*args),
     lambda latents, exists: latents.new_empty(latents.shape[0]),
-    (_setup, _autograd),
+    Derivative(1, lambda latents, exists, _losses: ((latents, exists), ())),
     flops=no_products,
 )
 define(
@@ -56,4 +43,3 @@ define(
     lambda grad_losses, latents, exists: latents.new_empty(latents.shape),
     flops=no_products,
 )
-first_order_only("interaction_losses_backward")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.flops import values_of
-from flmoe_kernels.core.registration import define, first_order_only
+from flmoe_kernels.core.registration import Derivative, define, first_order_only
 
 from .call import REDUCE_POOL, PairCall
 from .kinds import pair_backward_flops, pair_flops
@@ -100,27 +100,15 @@ def _top_pairs_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return call.q.new_empty(shape, dtype=call.statistics), i, j
 
 
-def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7])
-    ctx.options = inputs[7:]
-
-
-def _autograd(ctx: Any, grad_y: Tensor | None, grad_mass: Tensor | None) -> tuple:
-    if grad_y is None and grad_mass is None:
-        return (None,) * 12
-    saved = ctx.saved_tensors  # read once: checkpointing recomputes them at every read
-    call = _call((*saved, *ctx.options[:3]))
-    reduce = ctx.options[3]
+def _derivative(grad_y: Tensor | None, grad_mass: Tensor | None, *args: Any) -> tuple:
+    *inputs, reduce, _wants, _backend = args
+    call = _call(inputs)
     if grad_y is None:
         grad_y = call.q.new_zeros(call.y_shape(reduce), dtype=call.y_dtype(reduce))
-    op, wants = torch.ops.flmoe.pair_moe_backward, ctx.needs_input_grad[:5]
-    *options, backend = ctx.options
-    *grads, grad_bias = op(grad_y, grad_mass, *saved, *options, wants, backend)
+    *grads, grad_bias = torch.ops.flmoe.pair_moe_backward(grad_y, grad_mass, *args)
     if call.gate_bias is not None:
         grad_bias = grad_bias.to(call.gate_bias.dtype)
-    wanted = zip((*grads, grad_bias), wants, strict=True)
-    return *(grad if want else None for grad, want in wanted), *(None,) * 7
+    return *grads, grad_bias
 
 
 def _valid_pairs(call: PairCall) -> int:
@@ -160,7 +148,7 @@ define(
     f"({_INPUTS}, str reduce) -> (Tensor y, Tensor mass)",
     _forward,
     _forward_fake,
-    (_setup, _autograd),
+    Derivative(5, lambda *args: (args[:7], args[7:11]), _derivative, results=2),
     flops=_flops,
 )
 define(
@@ -185,5 +173,4 @@ define(
     _top_pairs_fake,
     flops=_scores_flops,
 )
-first_order_only("pair_moe_backward")
 first_order_only("pair_map", "top_pairs", times="not differentiable")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flmoe_kernels.core.backend import BackendUnavailable
 from flmoe_kernels.core.flops import no_products
-from flmoe_kernels.core.registration import define, first_order_only
+from flmoe_kernels.core.registration import Derivative, define
 
 _OPS = torch.ops.flmoe
 
@@ -40,34 +40,9 @@ def _features_fake(
     return pooled, tokens.new_empty((batch, modalities, 2), dtype=torch.float32)
 
 
-def _features_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    _, mask, ctx.lengths, _, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, mask)
-
-
-def _features_autograd(ctx: Any, grad: Tensor | None, _statistics: None) -> tuple:
-    if grad is None:
-        return (None,) * 5
-    tail = (ctx.lengths, ctx.backend)
-    grad = _OPS.reweighting_features_backward(grad, *ctx.saved_tensors, *tail)
-    return (grad, *(None,) * 4)
-
-
-def _mix_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    _, logits, ctx.temperature, ctx.backend = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[0], logits)
-
-
-def _mix_autograd(ctx: Any, grad_weights: Tensor | None, grad_mixed: Tensor | None) -> tuple:
-    if grad_weights is None and grad_mixed is None:
-        return (None,) * 4
-    tail = (ctx.temperature, ctx.backend)
-    wants = ctx.needs_input_grad[:2]
-    grads = _OPS.mix_experts_backward(grad_weights, grad_mixed, *ctx.saved_tensors, wants, *tail)
-    return (*(g if want else None for g, want in zip(grads, wants, strict=True)), None, None)
+def _mix_backward(*saved: Any) -> tuple[Tensor, Tensor]:
+    *rest, temperature, wants, backend = saved
+    return _OPS.mix_experts_backward(*rest, wants, temperature, backend)
 
 
 def _mix_backward_flops(
@@ -86,7 +61,10 @@ define(
     "(Tensor tokens, Tensor? mask, SymInt[] lengths, int normalized) -> (Tensor, Tensor)",
     lambda backend, *args: _kernels(backend).features(*args),
     _features_fake,
-    (_features_setup, _features_autograd),
+    Derivative(
+        1,
+        lambda tokens, mask, lengths, normalized, *results: ((*results, mask), (lengths,)),
+    ),
     flops=no_products,
 )
 define(
@@ -107,7 +85,12 @@ define(
         scores.new_empty(scores.shape),
         logits.new_empty(logits.shape[1:]),
     ),
-    (_mix_setup, _mix_autograd),
+    Derivative(
+        2,
+        lambda scores, logits, temperature, weights, mixed: ((weights, logits), (temperature,)),
+        _mix_backward,
+        results=2,
+    ),
     flops=lambda scores, logits, temperature: 2 * logits.numel(),
 )
 define(
@@ -121,4 +104,3 @@ define(
     ),
     flops=_mix_backward_flops,
 )
-first_order_only("reweighting_features_backward", "mix_experts_backward")

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flmoe_kernels.core.flops import values_of
-from flmoe_kernels.core.registration import define, first_order_only
+from flmoe_kernels.core.registration import Derivative, define
 
 from .call import RoutedCall
 
@@ -60,20 +59,9 @@ def _backward_fake(_grad: Tensor, _hidden: Tensor, *args: Any) -> tuple[Tensor, 
     return tuple(x.new_empty(t.shape if want else (0,)) for t, want in wanted)
 
 
-def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.act, _, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *tensors)
-
-
-def _autograd(ctx: Any, grad_out: Tensor | None, _grad_hidden: None) -> tuple:
-    if grad_out is None:
-        return (None,) * (_DIFFERENTIABLE + 5)
-    hidden, *tensors = ctx.saved_tensors
-    op, wants = torch.ops.flmoe.routed_mlp_backward, ctx.needs_input_grad[:_DIFFERENTIABLE]
-    grads = op(grad_out, hidden, *tensors, ctx.act, wants, ctx.backend)
-    return *(g if want else None for g, want in zip(grads, wants, strict=True)), *(None,) * 5
+def _saved(*args: Any) -> tuple[tuple, tuple]:
+    *tensors, act, _save_hidden, _out, hidden = args
+    return (hidden, *tensors), (act,)
 
 
 def _product_flops(call: RoutedCall) -> int:
@@ -108,7 +96,7 @@ define(
     f"({_INPUTS}, bool save_hidden) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
-    (_setup, _autograd),
+    Derivative(_DIFFERENTIABLE, _saved),
     flops=_forward_flops,
 )
 define(
@@ -119,4 +107,3 @@ define(
     _backward_fake,
     flops=_backward_flops,
 )
-first_order_only("routed_mlp_backward")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flmoe_kernels.core.dtypes import statistics_dtype
 from flmoe_kernels.core.flops import no_products
-from flmoe_kernels.core.registration import define
+from flmoe_kernels.core.registration import Derivative, define
 
 
 def _kernels(backend: str) -> Any:
@@ -44,28 +44,18 @@ def _gate_fake(logits: Tensor, top_k: int, _over_all: bool) -> tuple[Tensor, Ten
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
 
-def _gate_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    logits, _, ctx.over_all, _ = inputs
-    weight, index = output
-    ctx.mark_non_differentiable(index)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, index, weight)
-
-
-def _gate_autograd(ctx: Any, grad: Tensor | None, _grad_index: None) -> tuple:
+def _gate_backward(grad: Tensor, *saved: Any) -> Tensor:
     """Derivative of the softmax. If it is over the chosen experts, the weights suffice."""
-    if grad is None:
-        return (None,) * 4
-    logits, index, weight = ctx.saved_tensors
+    logits, index, weight, over_all, *_ = saved
     wide = statistics_dtype(logits.dtype)
     grad, weight = grad.to(wide), weight.to(wide)
     inner = (grad * weight).sum(dim=1, keepdim=True)
     chosen = torch.zeros_like(logits, dtype=wide).scatter(1, index, weight * grad)
-    if ctx.over_all:
+    if over_all:
         result = chosen - logits.to(wide).softmax(dim=1) * inner
     else:
         result = chosen.scatter_add(1, index, -weight * inner)
-    return result.to(logits.dtype), None, None, None
+    return result.to(logits.dtype)
 
 
 def _dispatch_fake(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +69,11 @@ define(
     "(Tensor logits, SymInt top_k, bool over_all) -> (Tensor weight, Tensor index)",
     _gate,
     _gate_fake,
-    (_gate_setup, _gate_autograd),
+    Derivative(
+        1,
+        lambda logits, _k, over_all, weight, index: ((logits, index, weight), (over_all,)),
+        _gate_backward,
+    ),
     flops=no_products,
 )
 define(

@@ -7,19 +7,24 @@ Counts are as in rows.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.triton.launches import run
-from flmoe_kernels.core.triton.tables import architecture_of
+from flmoe_kernels.core.triton.launches import Launch, run
 from flmoe_kernels.ops.encoder.wants import rows_wanted
 
-from . import fused_launch as launches
 from . import linear_launch
-from .fused_launch import fits
+from .fused_kernels import (
+    mlp_gradient_kernel,
+    mlp_kernel,
+    norm_product_kernel,
+    product_norm_gradient_kernel,
+)
+from .fused_launch import blocks, fits, launch_of
 from .rows_launch import Dropout, norm_sum_launch
-from .view_rows import view_rows
+from .view_rows import ViewRows, view_rows
 
 __all__ = [
     "add_linear",
@@ -49,12 +54,19 @@ def norm_linear(
     views: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return norm(x) (E, R, D) times weight (E, N, D), mean and rstd of the norm."""
-    computed, statistics = view_rows(count, views, x.shape[1], x.device), _statistics(x)
-    out = x.new_empty((*x.shape[:2], weight.shape[1]))
-    results, architecture = (out, *statistics), architecture_of(x.device)
-    found = launches.norm_product(x, (gain, shift), weight, eps, results, computed, architecture)
-    run([found], x.device)
-    return results
+    computed, (mean, rstd) = view_rows(count, views, x.shape[1], x.device), _statistics(x)
+    outer = weight.shape[1]
+    out = x.new_empty((*x.shape[:2], outer))
+    arguments = {
+        **{"x": x, "gain": gain, "shift": shift, "w": weight, "outer": outer, "eps": eps},
+        **{"out": out, "mean": mean, "rstd": rstd},
+    }
+    name, across = "norm_product", ("COLUMNS", outer)
+    run(
+        [launch_of(norm_product_kernel, name, x, arguments, across, computed, OUTER=outer)],
+        x.device,
+    )
+    return out, mean, rstd
 
 
 def add_linear(
@@ -92,34 +104,40 @@ def norm_mlp(
     affine: gain and shift; weights: w_in, b_in, w_out, b_out; inner, outer: dropout after the GELU and of the MLP.
     """
     computed, (mean, rstd) = view_rows(count, views, x.shape[1], x.device), _statistics(x)
+    wide = weights[0].shape[1]
     out = torch.empty_like(x)
-    hidden = x.new_empty((*x.shape[:2], weights[0].shape[1]) if save else (0,))
-    results = (out, hidden if save else None, mean, rstd)
-    dropouts, architecture = (Dropout(*inner), Dropout(*outer)), architecture_of(x.device)
-    found = launches.mlp(x, affine, weights, dropouts, eps, results, computed, architecture)
-    run([found], x.device)
+    hidden = x.new_empty((*x.shape[:2], wide) if save else (0,))
+    arguments = {
+        **{"x": x, "gain": affine[0], "shift": affine[1], "wide": wide, "eps": eps},
+        **dict(zip(("w_in", "b_in", "w_out", "b_out"), weights, strict=True)),
+        **{"out": out, "hidden": hidden if save else None, "mean": mean, "rstd": rstd},
+    }
+    dropouts = {"": Dropout(*inner), "out_": Dropout(*outer)}
+    rest = (("COLUMNS", wide), computed, dropouts)
+    run([launch_of(mlp_kernel, "mlp", x, arguments, *rest, HIDDEN=wide)], x.device)
     return out, mean, rstd, hidden
 
 
 def _norm_results(
-    x: Tensor, gain: Tensor, wants: Sequence[bool], blocks: int
-) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
-    """Gradients of residual, update, gain and shift, empty if not wanted, and what the kernel that computes them
-    stores."""
+    kernel: str, x: Tensor, gain: Tensor, wants: Sequence[bool], computed: ViewRows
+) -> tuple[list[Tensor], dict[str, Any], list[Launch]]:
+    """Gradients of residual, update, gain and shift, empty if not wanted; what the kernel that computes them
+    stores; and the launch that adds its parts.
+
+    `normed` is the place of the gradient of the norm's result.
+    """
     grads = [x.new_empty(x.shape if want else (0,)) for want in wants[:2]]
     grads += [gain.new_empty(gain.shape if want else (0,)) for want in wants[2:]]
-    parts = None
+    stored = [grad if want else None for grad, want in zip(grads, wants, strict=True)]
+    parts, sums = None, []
+    normed = stored[1] if stored[0] is None else stored[0]
     if any(wants[2:]):
-        shape = (x.shape[0], blocks, 2, x.shape[2])
+        shape = (x.shape[0], blocks(kernel, x, computed), 2, x.shape[2])
         parts = x.new_empty(shape, dtype=torch.float32)
-    normed = next((grad for grad, want in zip(grads[:2], wants, strict=False) if want), None)
-    if normed is None and parts is not None:
-        normed = torch.empty_like(x)
-    return grads, (normed, *_given(grads[:2], wants[:2]), parts)
-
-
-def _given(grads: Sequence[Tensor], wants: Sequence[bool]) -> list[Tensor | None]:
-    return [grad if want else None for grad, want in zip(grads, wants, strict=True)]
+        sums = [norm_sum_launch(parts, *stored[2:])]
+        normed = torch.empty_like(x) if normed is None else normed
+    of_rows = {"grad_residual": stored[0], "grad_update": stored[1]}
+    return grads, {"normed": normed, **of_rows, "parts": parts}, sums
 
 
 def norm_mlp_backward(
@@ -143,37 +161,33 @@ def norm_mlp_backward(
     """
     x, mean, rstd, hidden = saved
     gain, shift = affine
-    architecture = architecture_of(x.device)
     computed = view_rows(count, views, x.shape[1], x.device)
     want_norm = (*rows_wanted(before[0], self_residual, wants), *wants[2:4])
     of_in, of_out = wants[4:6], wants[6:8]
-    blocks = launches.blocks("mlp_gradient", x, computed, architecture)
-    grads, results = _norm_results(x, gain, want_norm, blocks)
-    activation = torch.empty_like(hidden) if of_out[0] else None
-    of_hidden = torch.empty_like(hidden) if any(of_in) else None
-    stored = (activation, of_hidden, *results)
+    grads, results, sums = _norm_results("mlp_gradient", x, gain, want_norm, computed)
+    results["activation"] = torch.empty_like(hidden) if of_out[0] else None
+    results["grad_hidden"] = torch.empty_like(hidden) if any(of_in) else None
     found = []
-    if any(result is not None for result in stored):
-        gradient = launches.mlp_gradient(
-            (grad_total, grad_update),
-            (x, mean, rstd, gain, hidden),
-            (w_in, w_out),
-            (Dropout(*inner), Dropout(*before)),
-            self_residual,
-            stored,
-            computed,
-            architecture,
-        )
-        found.append(gradient)
-    if results[-1] is not None:
-        found.append(norm_sum_launch(results[-1], *_given(grads[2:], want_norm[2:])))
+    if any(result is not None for result in results.values()):
+        wide = w_in.shape[1]
+        arguments = {
+            **{"grad_total": grad_total, "grad_out": grad_update, "wide": wide, **results},
+            **{"x": x, "mean": mean, "rstd": rstd, "gain": gain, "hidden": hidden},
+            **{"w_in": w_in, "w_out": w_out},
+        }
+        dropouts = {"hidden_": Dropout(*inner), "": Dropout(*before)}
+        rest = (("COLUMNS", wide), computed, dropouts)
+        constants: dict[str, Any] = {"HIDDEN": wide, "TWICE": self_residual}
+        name = "mlp_gradient"
+        found = [launch_of(mlp_gradient_kernel, name, x, arguments, *rest, **constants)]
+    found += sums
     normed = (mean, rstd, gain, shift)
     for left, right, weight, want, norm in (
-        (of_hidden, x, w_in, of_in, normed),
-        (grad_update, activation, w_out, of_out, None),
+        (results["grad_hidden"], x, w_in, of_in, normed),
+        (grad_update, results["activation"], w_out, of_out, None),
     ):
         both, more = linear_launch.weight_backward(
-            left, right, weight, want[0], want[1], computed, norm, architecture
+            left, right, weight, want[0], want[1], computed, norm
         )
         grads += both
         found += more
@@ -199,27 +213,20 @@ def norm_linear_backward(
     """
     x, mean, rstd = saved
     gain, shift = affine
-    architecture = architecture_of(x.device)
     computed = view_rows(count, views, x.shape[1], x.device)
     want_norm = (*rows_wanted(before[0], False, wants), *wants[2:4])
-    blocks = launches.blocks("product_norm_gradient", x, computed, architecture)
-    grads, results = _norm_results(x, gain, want_norm, blocks)
-    found = []
+    name, found = "product_norm_gradient", []
+    grads, results, sums = _norm_results(name, x, gain, want_norm, computed)
     if any(want_norm):
-        gradient = launches.product_norm_gradient(
-            (grad_total, grad_out),
-            (x, mean, rstd, gain),
-            weight,
-            Dropout(*before),
-            results,
-            computed,
-            architecture,
-        )
-        found.append(gradient)
-    if results[-1] is not None:
-        found.append(norm_sum_launch(results[-1], *_given(grads[2:], want_norm[2:])))
+        inner = weight.shape[1]
+        arguments = {
+            **{"grad_total": grad_total, "grad": grad_out, "w": weight, "inner": inner},
+            **{"x": x, "mean": mean, "rstd": rstd, "gain": gain, **results},
+        }
+        rest = (("DEPTH", inner), computed, {"": Dropout(*before)})
+        found = [launch_of(product_norm_gradient_kernel, name, x, arguments, *rest, INNER=inner)]
     (of_weight, _), more = linear_launch.weight_backward(
-        grad_out, x, weight, wants[4], False, computed, (mean, rstd, gain, shift), architecture
+        grad_out, x, weight, wants[4], False, computed, (mean, rstd, gain, shift)
     )
-    run([*found, *more], x.device)
+    run([*found, *sums, *more], x.device)
     return *grads, of_weight

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from flmoe_kernels.core.triton.philox import kept_elements
-from flmoe_kernels.core.triton.products import dot
+from flmoe_kernels.core.triton.products import dot, slices
 
-from .linear_kernels import dropped, row_of, slices
+from .linear_kernels import dropped, row_of
 from .rows_kernels import norm_gradient_rows
 from .rows_tiles import begin, normal_tail
 from .view_rows import valid_rows

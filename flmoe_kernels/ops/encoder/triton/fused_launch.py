@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,22 +10,14 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.triton.launches import Launch
-from flmoe_kernels.core.triton.tables import AMD, Table, blocks_of
+from flmoe_kernels.core.triton.tables import AMD, Table, architecture_of, blocks_of
 from flmoe_kernels.core.triton.target import Architecture
 
-from .fused_kernels import (
-    mlp_gradient_kernel,
-    mlp_kernel,
-    norm_product_kernel,
-    product_norm_gradient_kernel,
-)
 from .rows_launch import GROUP, Dropout
-from .view_rows import ALL, ViewRows
+from .view_rows import ViewRows
 
 # Widths of rows that fit on chip; rows wider than WIDE have tiles of their own.
 WIDE = 128
-# Results of the gradient of a norm: the place of the gradient of the norm's result, and what is stored from it.
-_NORM_RESULTS = ("normed", "grad_residual", "grad_update", "parts")
 _NORM_ELEMENTS = 512  # elements of a warp in a step of the gradient of a norm
 _LEAST, _WIDEST = 16, 256
 
@@ -103,142 +96,37 @@ def _chunk(length: int, most: int) -> int:
     return min(most, length & -length)
 
 
-def blocks(kernel: str, x: Tensor, computed: ViewRows, architecture: Architecture | None) -> int:
+def blocks(kernel: str, x: Tensor, computed: ViewRows) -> int:
     """Number of blocks of rows of an expert of x (E, views * rows, D)."""
-    rows, tiles = computed.arguments(x.shape[1])["rows"], tiles_of(kernel, x.shape[2], architecture)
+    rows = computed.arguments(x.shape[1])["rows"]
+    tiles = tiles_of(kernel, x.shape[2], architecture_of(x.device))
     return computed.views * blocks_of(rows, tiles.rows)
 
 
-def _launch(
+def launch_of(
     kernel: Any,
     name: str,
     x: Tensor,
     arguments: dict[str, Any],
-    constants: dict[str, Any],
     across: tuple[str, int],
     computed: ViewRows,
-    architecture: Architecture | None,
+    dropouts: Mapping[str, Dropout] | None = None,
+    **constants: Any,
 ) -> Launch:
     """One program per block of rows of x. across: name of the constant for the step of the loop, and length of the
-    dimension it loops over."""
-    tiles, (what, length) = tiles_of(name, x.shape[2], architecture), across
-    return Launch(
-        kernel,
-        x.shape[0] * blocks(name, x, computed, architecture),
-        {**arguments, **computed.arguments(x.shape[1])},
-        {"WIDTH": x.shape[2], "ROWS": tiles.rows, what: _chunk(length, tiles.columns), **constants},
-        tiles.warps,
-        tiles.stages,
-    )
-
-
-def _slices(name: str, x: Tensor, architecture: Architecture | None) -> int:
-    slices = tiles_of(name, x.shape[2], architecture).slices
-    return max(1, min(slices, x.shape[2] // 32))
-
-
-def _norm_tiles(name: str, x: Tensor, architecture: Architecture | None) -> dict[str, int]:
-    """Constants of the gradient of a norm: columns of a part, a step's rows, slices."""
-    tiles, part = tiles_of(name, x.shape[2], architecture), max(GROUP, x.shape[2]) // 4
-    height = max(1, min(tiles.rows, _NORM_ELEMENTS * tiles.warps // (4 * part)))
-    return {"SLICES": _slices(name, x, architecture), "PART": part, "HEIGHT": height}
-
-
-def _of_dropout(prefix: str, dropout: Dropout) -> dict[str, Any]:
-    return {prefix + name: value for name, value in dropout.arguments().items()}
-
-
-def norm_product(
-    x: Tensor,
-    affine: tuple[Tensor, Tensor],
-    weight: Tensor,
-    eps: float,
-    results: tuple[Tensor, Tensor, Tensor],
-    computed: ViewRows = ALL,
-    architecture: Architecture | None = None,
-) -> Launch:
-    """affine: gain and shift; results: out (E, R, N), mean, rstd."""
-    outer = weight.shape[1]
-    arguments = {
-        **{"x": x, "gain": affine[0], "shift": affine[1], "w": weight, "outer": outer, "eps": eps},
-        **dict(zip(("out", "mean", "rstd"), results, strict=True)),
-    }
-    rest = ({"OUTER": outer}, ("COLUMNS", outer), computed, architecture)
-    return _launch(norm_product_kernel, "norm_product", x, arguments, *rest)
-
-
-def mlp(
-    x: Tensor,
-    affine: tuple[Tensor, Tensor],
-    weights: tuple[Tensor, Tensor, Tensor, Tensor],
-    dropouts: tuple[Dropout, Dropout],
-    eps: float,
-    results: tuple[Tensor, Tensor | None, Tensor, Tensor],
-    computed: ViewRows = ALL,
-    architecture: Architecture | None = None,
-) -> Launch:
-    """weights: w_in, b_in, w_out, b_out; dropouts: of the activations and of the result; results: out, hidden
-    (None if not kept), mean, rstd."""
-    hidden = weights[0].shape[1]
-    arguments = {
-        **{"x": x, "gain": affine[0], "shift": affine[1], "wide": hidden, "eps": eps},
-        **dict(zip(("w_in", "b_in", "w_out", "b_out"), weights, strict=True)),
-        **dict(zip(("out", "hidden", "mean", "rstd"), results, strict=True)),
-        **_of_dropout("", dropouts[0]),
-        **_of_dropout("out_", dropouts[1]),
-    }
-    constants = {"HIDDEN": hidden, "SLICES": _slices("mlp", x, architecture)}
-    rest = (("COLUMNS", hidden), computed, architecture)
-    return _launch(mlp_kernel, "mlp", x, arguments, constants, *rest)
-
-
-def mlp_gradient(
-    grads: tuple[Tensor | None, Tensor],
-    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    weights: tuple[Tensor, Tensor],
-    dropouts: tuple[Dropout, Dropout],
-    twice: bool,
-    results: tuple[Tensor | None, ...],
-    computed: ViewRows = ALL,
-    architecture: Architecture | None = None,
-) -> Launch:
-    """grads: of the result and of the last product; saved: x, mean, rstd, gain, hidden; weights: w_in, w_out;
-    dropouts: of the activations and of the step before; results: activation, grad_hidden, and
-    _NORM_RESULTS, each None if not needed."""
-    x, hidden = saved[0], weights[0].shape[1]
-    names = ("activation", "grad_hidden", *_NORM_RESULTS)
-    arguments = {
-        **{"grad_total": grads[0], "grad_out": grads[1], "wide": hidden},
-        **dict(zip(("x", "mean", "rstd", "gain", "hidden"), saved, strict=True)),
-        **{"w_in": weights[0], "w_out": weights[1]},
-        **dict(zip(names, results, strict=True)),
-        **_of_dropout("hidden_", dropouts[0]),
-        **_of_dropout("", dropouts[1]),
-    }
-    constants = {"HIDDEN": hidden, "TWICE": twice, **_norm_tiles("mlp_gradient", x, architecture)}
-    rest = (("COLUMNS", hidden), computed, architecture)
-    return _launch(mlp_gradient_kernel, "mlp_gradient", x, arguments, constants, *rest)
-
-
-def product_norm_gradient(
-    grads: tuple[Tensor | None, Tensor],
-    saved: tuple[Tensor, Tensor, Tensor, Tensor],
-    weight: Tensor,
-    dropout: Dropout,
-    results: tuple[Tensor | None, ...],
-    computed: ViewRows = ALL,
-    architecture: Architecture | None = None,
-) -> Launch:
-    """grads: of x by the residual, and of the product; saved: x, mean, rstd, gain; results: _NORM_RESULTS, None if
-    not needed."""
-    x, inner = saved[0], weight.shape[1]
-    arguments = {
-        **{"grad_total": grads[0], "grad": grads[1], "w": weight, "inner": inner},
-        **dict(zip(("x", "mean", "rstd", "gain"), saved, strict=True)),
-        **dict(zip(_NORM_RESULTS, results, strict=True)),
-        **_of_dropout("", dropout),
-    }
-    name = "product_norm_gradient"
-    constants = {"INNER": inner, **_norm_tiles(name, x, architecture)}
-    rest = (("DEPTH", inner), computed, architecture)
-    return _launch(product_norm_gradient_kernel, name, x, arguments, constants, *rest)
+    dimension it loops over. dropouts: by the prefix of the arguments."""
+    tiles, (what, length) = tiles_of(name, x.shape[2], architecture_of(x.device)), across
+    for prefix, dropout in (dropouts or {}).items():
+        arguments |= {prefix + key: value for key, value in dropout.arguments().items()}
+    width = x.shape[2]
+    constants |= {"WIDTH": width, "ROWS": tiles.rows, what: min(tiles.columns, length & -length)}
+    if name != "norm_product":
+        constants["SLICES"] = max(1, min(tiles.slices, width // 32))
+    if name.endswith("gradient"):
+        # Columns of a part of the norm's gradient, and rows of a step.
+        part = max(GROUP, width) // 4
+        height = _NORM_ELEMENTS * tiles.warps // (4 * part)
+        constants |= {"PART": part, "HEIGHT": max(1, min(tiles.rows, height))}
+    programs = x.shape[0] * blocks(name, x, computed)
+    arguments |= computed.arguments(x.shape[1])
+    return Launch(kernel, programs, arguments, constants, tiles.warps, tiles.stages)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from flmoe_kernels.core.triton.philox import kept_elements
-from flmoe_kernels.core.triton.products import dot
+from flmoe_kernels.core.triton.products import dot, slices
 
 from .view_rows import valid_rows
 
@@ -32,25 +32,6 @@ from .view_rows import valid_rows
 BAND = tl.constexpr(8)
 # Number of columns of the ones that sum rows in a product: the minimum of all matrix units.
 ONES = tl.constexpr(16)
-
-
-@triton.jit
-def halves(x):
-    """The columns of a tile, the lower half and the upper."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def slices(x, COUNT: tl.constexpr):
-    """The columns of a tile in COUNT (1, 2 or 4) slices, in order."""
-    if COUNT == 1:
-        found = (x,)
-    elif COUNT == 2:
-        found = halves(x)
-    else:
-        low, high = halves(x)
-        found = halves(low) + halves(high)
-    return found
 
 
 @triton.jit

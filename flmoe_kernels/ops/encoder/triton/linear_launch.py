@@ -1,27 +1,10 @@
 """Launches of expert_linear's kernels: allocation, tiles, splits of rows.
 
-Why not torch.bmm: predicted by counting, not measured, for an H100 (989 TFLOP/s in bfloat16, 3.35 TB/s, 132 SMs)
-at mmimdb, E 4, R 49536 rows per expert:
-
-    forward, K 256 -> N 512 with bias: 52 GFLOP, 53 us of the matrix units; reading x and w and writing out once is
-    305 MB, 91 us. So it is memory-bound, and every further pass over out costs time. bmm followed by an addition
-    of the bias reads and writes out again, 406 MB and 121 us more; baddbmm with a broadcast bias copies it to all
-    of out and reads it back, the same bytes; torch has a bias in the epilogue for one matrix, not for a batch.
-    Here a tile adds the bias before its only store.
-
-    gradient of x: the same product without a bias, 305 MB. No gain over cuBLAS is expected here, and little loss
-    if it is memory-bound.
-
-    gradients of w: sums over 49536 rows into few tiles: 16 (256 x 256), 32 (512 x 256) and 48 (768 x 256) of
-    128 x 128. Unless cuBLAS splits the sums, only that many of 132 SMs work: a tile is 1.6 GFLOP, 217 us of an SM,
-    while memory would take 61, 91 and 121 us. Here the rows are split over at most _PROGRAMS programs, which all
-    run at the same time; their partial sums, at most 17 MB, fit into L2 between two kernels. The same kernel
-    computes the gradient of the bias; a separate sum would read grad_out again, 203 MB and 61 us at N 512.
-
-At mimic (E 5, R 1536, D 128) each of these is 0.25 to 0.76 GFLOP and 4 to 8 MB, a few us: it is bound by launches,
-one for the forward and three for the backward.
-
-The order of sums depends only on shapes, not on the GPU.
+torch.bmm is not used: at the sizes of a layer these products are bound by memory, and a bias added after it reads
+and writes the result again, while here a tile adds it before its only store. A weight's gradient is a sum over
+many rows into few tiles, fewer than an H100 has multiprocessors. Here its rows are split over at most _PROGRAMS
+programs, which all run at the same time; their partial sums fit into L2. The same kernel computes the gradient of
+the bias; a separate sum would read grad_out again. The order of sums depends only on shapes, not on the GPU.
 """
 
 from __future__ import annotations
@@ -33,8 +16,7 @@ import torch
 from torch import Tensor
 
 from flmoe_kernels.core.triton.launches import Launch, matrix_precision
-from flmoe_kernels.core.triton.tables import AMD, Table, blocks_of, chunk_of
-from flmoe_kernels.core.triton.target import Architecture
+from flmoe_kernels.core.triton.tables import AMD, Table, architecture_of, blocks_of, chunk_of
 
 from .linear_kernels import product_kernel, sum_kernel, weight_gradient_kernel
 from .rows_launch import Dropout
@@ -68,16 +50,11 @@ class Tiles:
     registers: Mapping[int, int] = field(default_factory=dict)
 
 
-# (kernel, class of the call) -> tiles, the same for every architecture. 128 x 128 takes 64 FLOP per byte from L2
-# and what sm_90's matrix units read from shared memory at full rate; 64 deep is one line of 128 bytes. Three
-# stages of that are 96 KiB: two blocks fit an SM of sm_90 and sm_100, and one what sm_89 and sm_12x have. Eight
-# warps, because four would hold 128 sums a thread; slices, so that few results at a time are rounded and stored.
-# sm_90 reads operands from shared memory and fits 128 registers, two blocks; sm_80 holds them in registers: there
-# a block has the SM to itself, which the compiler must be told for the product, or it takes 128 and spills.
-# "ragged" is for widths that are no whole tiles, whose masks and addresses take registers: half as deep they do
-# not spill, and a block has the SM to itself. float32 multiplies three times, with operands split in registers: a
-# quarter of the tile for four warps. None of the cases of tests/bench/test_aot.py spills. Which tiles are fastest
-# has not been measured.
+# (kernel, class of the call) -> tiles, the same for every architecture, as in routed_mlp/triton/table.py; not
+# measured. sm_90 reads operands from shared memory and fits 128 registers, two blocks; sm_80 holds them in
+# registers: there a block has the SM to itself, which the compiler must be told for the product, or it takes 128
+# and spills. "ragged" is for widths that are no whole tiles, whose masks and addresses take registers: half as
+# deep they do not spill, and a block has the SM to itself.
 TABLE = {
     ("product", "16 bit"): Tiles(128, 128, 64, 4, 8, 3, (65536, 98304, 98320), {80: 168, 90: 128}),
     ("weight_gradient", "16 bit"): Tiles(128, 128, 64, 1, 8, 3, (65536, 100352, 100384), {90: 128}),
@@ -185,25 +162,65 @@ def weight_backward(
     want_bias: bool,
     computed: ViewRows = ALL,
     norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    architecture: Architecture | None = None,
 ) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
-    """Allocate gradients of weight and bias (empty if not requested); also return their launches.
+    """Allocate gradients of weight (E, P, Q) and bias (E, P) (empty if not requested); also return their launches.
 
     norm: mean, rstd, gain and shift of a norm between x and the map. What is not read may be None.
     """
-    grad = weight.new_empty(weight.shape if want_weight else (0,))
-    bias = weight.new_empty(weight.shape[:2] if want_bias else (0,))
-    found = []
-    if grad.numel() or bias.numel():
-        assert grad_out is not None
-        right = None
-        if grad.numel():
-            assert x is not None
-            right = operand(x)
-        filled = (grad if grad.numel() else None, bias if bias.numel() else None)
-        norm = norm if grad.numel() else None
-        found = _weight_gradients(operand(grad_out), right, *filled, computed, norm, architecture)
-    return (grad, bias), found
+    of_weight = weight.new_empty(weight.shape if want_weight else (0,))
+    of_bias = weight.new_empty(weight.shape[:2] if want_bias else (0,))
+    if not (of_weight.numel() or of_bias.numel()):
+        return (of_weight, of_bias), []
+    grad = of_weight if of_weight.numel() else None
+    bias = of_bias if of_bias.numel() else None
+    assert grad_out is not None
+    left = right = operand(grad_out)
+    q = 0
+    if grad is None:
+        norm = None
+    else:
+        assert x is not None
+        right, q = operand(x), x.shape[2]
+    experts, rows, p = grad_out.shape
+    shares = shares_of(grad_out.dtype, experts, rows, p, q)
+    # Without shares the parts are empty; the kernel is the same, so that it is not compiled for fewer rows.
+    stored, float32 = experts * (shares > 1), torch.float32
+    parts = None if grad is None else weight.new_empty((stored, shares, p, q), dtype=float32)
+    bias_parts = None if bias is None else weight.new_empty((stored, shares, p), dtype=float32)
+    results = {"grad": grad, "bias": bias, "parts": parts, "bias_parts": bias_parts}
+    tiles = tiles_of("weight_gradient", grad_out.dtype, p, q)
+    if norm is not None and tiles is TABLE["weight_gradient", "16 bit"]:
+        tiles = NORM_TILES.tiles("16 bit", architecture_of(weight.device))
+    high, wide = chunk_of(p, tiles.rows), chunk_of(q, tiles.columns)
+    across = max(1, blocks_of(q, wide))
+    product = Launch(
+        weight_gradient_kernel,
+        experts * shares * blocks_of(p, high) * across,
+        {
+            **{"left": left, "right": right, **results},
+            **dict(zip(("mean", "rstd", "gain", "shift"), norm or 4 * (None,), strict=True)),
+            **{"splits": shares, **computed.arguments(rows)},
+        },
+        {
+            **{"P": p, "Q": q, "ACROSS": across, "ROWS": high, "COLUMNS": wide},
+            **{"DEPTH": tiles.deep, "PRECISION": matrix_precision(weight.dtype, weight.device)},
+        },
+        tiles.warps,
+        tiles.stages,
+        tiles.registers,
+    )
+    if shares == 1:
+        return (of_weight, of_bias), [product]
+    widths = [0 if grad is None else p * q, 0 if bias is None else p]
+    total = Launch(
+        sum_kernel,
+        experts * sum(blocks_of(width, _SUM_BLOCK) for width in widths),
+        {**results, "splits": shares, "experts": experts},
+        {"GRAD": widths[0], "BIAS": widths[1], "BLOCK": _SUM_BLOCK},
+        4,
+        2,
+    )
+    return (of_weight, of_bias), [product, total]
 
 
 def _product(
@@ -254,86 +271,3 @@ def shares_of(dtype: torch.dtype, experts: int, rows: int, p: int, q: int) -> in
     )
     fewest = blocks_of(rows, _MOST_ROWS_FLOAT32) if dtype == torch.float32 else 1
     return max(1, fewest, min(_PROGRAMS // max(1, experts * across), rows // _LEAST_ROWS))
-
-
-def _weight_gradients(
-    left: Operand,
-    right: Operand | None,
-    grad: Tensor | None,
-    bias: Tensor | None,
-    computed: ViewRows,
-    norm: tuple[Tensor, ...] | None,
-    architecture: Architecture | None,
-) -> list[Launch]:
-    """Launches of grad (E, P, Q) and bias (E, P) from left (E, R, P) and right (E, R, Q)."""
-    experts, rows, p = left[0].shape
-    q = 0 if right is None else right[0].shape[2]
-    empty = left[0].new_empty
-    shares = shares_of(left[0].dtype, experts, rows, p, q)
-    # Without shares the parts are empty; the kernel is the same, so that it is not compiled for fewer rows.
-    stored = experts * (shares > 1)
-    parts = None if grad is None else empty((stored, shares, p, q), dtype=torch.float32)
-    of_bias = None if bias is None else empty((stored, shares, p), dtype=torch.float32)
-    results = (grad, bias, parts, of_bias)
-    found = [_weight_gradient(left, right, results, shares, computed, norm, architecture)]
-    return [*found, _sum(parts, of_bias, grad, bias, shares)] if shares > 1 else found
-
-
-def _weight_gradient(
-    left: Operand,
-    right: Operand | None,
-    results: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    shares: int,
-    computed: ViewRows,
-    norm: tuple[Tensor, ...] | None,
-    architecture: Architecture | None,
-) -> Launch:
-    """results: grad, bias and the parts of both; norm: mean, rstd, gain and shift of a norm of right."""
-    experts, rows, p = left[0].shape
-    q = 0 if right is None else right[0].shape[2]
-    tiles = tiles_of("weight_gradient", left[0].dtype, p, q)
-    if norm is not None and tiles is TABLE["weight_gradient", "16 bit"]:
-        tiles = NORM_TILES.tiles("16 bit", architecture)
-    high, wide = chunk_of(p, tiles.rows), chunk_of(q, tiles.columns)
-    across = max(1, blocks_of(q, wide))
-    return Launch(
-        weight_gradient_kernel,
-        experts * shares * blocks_of(p, high) * across,
-        {
-            **{"left": left, "right": left if right is None else right},
-            **dict(zip(("grad", "bias", "parts", "bias_parts"), results, strict=True)),
-            **dict(zip(("mean", "rstd", "gain", "shift"), norm or 4 * (None,), strict=True)),
-            **{"splits": shares, **computed.arguments(rows)},
-        },
-        {
-            **{"P": p, "Q": q, "ACROSS": across, "ROWS": high, "COLUMNS": wide},
-            **{"DEPTH": tiles.deep, "PRECISION": matrix_precision(left[0].dtype, left[0].device)},
-        },
-        tiles.warps,
-        tiles.stages,
-        tiles.registers,
-    )
-
-
-def _sum(
-    parts: Tensor | None,
-    bias_parts: Tensor | None,
-    grad: Tensor | None,
-    bias: Tensor | None,
-    shares: int,
-) -> Launch:
-    widths = [0 if x is None else x[0].numel() for x in (grad, bias)]
-    result = grad if bias is None else bias
-    assert result is not None
-    experts = result.shape[0]
-    return Launch(
-        sum_kernel,
-        experts * sum(blocks_of(width, _SUM_BLOCK) for width in widths),
-        {
-            **{"parts": parts, "bias_parts": bias_parts, "grad": grad, "bias": bias},
-            **{"splits": shares, "experts": experts},
-        },
-        {"GRAD": widths[0], "BIAS": widths[1], "BLOCK": _SUM_BLOCK},
-        4,
-        2,
-    )

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,25 +25,32 @@ from flmoe_kernels.core.operands import (
     expect_float32_or_half,
     expect_seed,
 )
-from flmoe_kernels.core.triton.launches import run
+from flmoe_kernels.core.triton.launches import Launch, run
+from flmoe_kernels.core.triton.tables import blocks_of
 from flmoe_kernels.ops.encoder.wants import rows_wanted
 
+from .rows_kernels import gelu_gradient_kernel, gelu_kernel, norm_gradient_kernel, norm_kernel
 from .rows_launch import (
+    GROUP,
     Dropout,
-    gelu_gradient_launch,
-    gelu_launch,
-    norm_gradient_launches,
-    norm_launch,
-    norm_parts_shape,
+    elementwise,
+    norm_sum_launch,
     pool_gradient_launch,
     pool_launch,
-    views_gradient_launch,
-    views_launch,
+    shape_of,
+    tiles_of,
 )
+from .rows_pool_kernels import views_gradient_kernel, views_kernel
 from .view_rows import view_rows
 
 # Numbers of an expert's rows and offsets within a tile are 32 bits wide.
 _MOST_ROWS, _MOST_WIDTH = 2**30, 2**20
+# Chunks of an expert's rows in the gradient of a norm: no more than so many, and none of fewer rows. They are 2048
+# programs for four experts, several for each place that an H100 has for one, whose parts are 2% of the traffic.
+_MOST_CHUNKS, _CHUNK_ROWS = 512, 32
+# With a count the gradient of a norm would take about 160 registers, and three blocks would share an SM, not four.
+# With 128 nothing spills on these architectures if widths are whole tiles.
+_REGISTERS = {80: 128, 90: 128}
 
 
 def _expect_rows(name: str, x: Tensor, dimensions: int = 3) -> None:
@@ -88,16 +97,13 @@ def norm(
     normed = x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
     if x.numel():
-        launch = norm_launch(
-            contiguous(residual),
-            contiguous(update),
-            (gain.contiguous(), shift.contiguous()),
-            dropout,
-            eps,
-            (None if update is None else total, normed, mean, rstd),
-            computed,
-        )
-        run([launch], x.device)
+        arguments = {
+            **{"residual": contiguous(residual), "update": contiguous(update)},
+            **{"gain": gain.contiguous(), "shift": shift.contiguous(), "eps": eps},
+            **{"total": None if update is None else total, "normed": normed},
+            **{"mean": mean, "rstd": rstd, **computed.arguments(x.shape[1])},
+        }
+        run([elementwise(norm_kernel, "norm", x, arguments, dropout, computed.views)], x.device)
     return total, normed, mean, rstd
 
 
@@ -132,19 +138,38 @@ def norm_backward(
         *(new(gain.shape) if want else gain.new_empty(0) for want in wanted[2:]),
     ]
     if total.numel() and (summed or any(wanted[:2])):
-        shape = norm_parts_shape(total, computed)
+        experts, rows, width = total.shape
+        high, columns, warps = shape_of(tiles_of("norm_gradient", total.dtype), width)
+        sizes, chunk = computed.arguments(rows), _norm_chunk(rows, high)
+        chunks = computed.views * blocks_of(sizes["rows"], chunk)
+        shape = (experts, chunks, 2, width)
         parts = total.new_empty(shape, dtype=torch.float32) if summed else None
-        launches = norm_gradient_launches(
-            (contiguous(grad_total), contiguous(grad_normed)),
-            (total.contiguous(), mean.contiguous(), rstd.contiguous(), gain.contiguous()),
-            dropout,
-            self_residual,
-            [grad if want else None for grad, want in zip(grads, wanted, strict=True)],
-            parts,
-            computed,
+        stored = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+        first = Launch(
+            norm_gradient_kernel,
+            experts * chunks,
+            {
+                **{"grad_total": contiguous(grad_total), "grad_normed": contiguous(grad_normed)},
+                **{"total": total.contiguous(), "mean": mean.contiguous()},
+                **{"rstd": rstd.contiguous(), "gain": gain.contiguous()},
+                **{"grad_residual": stored[0], "grad_update": stored[1], "parts": parts},
+                **{"chunk": chunk, **sizes, **dropout.arguments()},
+            },
+            {"TWICE": self_residual, "WIDTH": width, "PART": columns // 4, "ROWS": high},
+            warps,
+            1,
+            _REGISTERS if count is not None and columns == width and warps == 4 else {},
         )
-        run(launches, total.device)
+        # The second launch reads the parts that the first writes.
+        run(
+            [first] if parts is None else [first, norm_sum_launch(parts, *stored[2:])], total.device
+        )
     return grads[0], grads[1], grads[2], grads[3]
+
+
+def _norm_chunk(rows: int, high: int) -> int:
+    """Rows of an expert that a program of the gradient of a norm sums, in blocks of `high` rows."""
+    return blocks_of(max(_CHUNK_ROWS, blocks_of(rows, _MOST_CHUNKS)), high) * high
 
 
 def gelu(
@@ -154,7 +179,8 @@ def gelu(
     dropout, out = _dropout(seed, p, x), x.new_empty(x.shape)
     computed = view_rows(count, views, x.shape[1], x.device)
     if x.numel():
-        run([gelu_launch(x.contiguous(), dropout, out, computed)], x.device)
+        arguments = {"x": x.contiguous(), "out": out, **computed.arguments(x.shape[1])}
+        run([elementwise(gelu_kernel, "gelu", x, arguments, dropout, computed.views)], x.device)
     return out
 
 
@@ -172,8 +198,10 @@ def gelu_backward(
     dropout, grad_x = _dropout(seed, p, x), x.new_empty(x.shape)
     computed = view_rows(count, views, x.shape[1], x.device)
     if x.numel():
-        grad_out, x = grad_out.contiguous(), x.contiguous()
-        run([gelu_gradient_launch(grad_out, x, dropout, grad_x, computed)], x.device)
+        arguments = {"grad_out": grad_out.contiguous(), "x": x.contiguous(), "grad_x": grad_x}
+        arguments |= computed.arguments(x.shape[1])
+        launch = (gelu_gradient_kernel, "gelu_gradient", x, arguments, dropout, computed.views)
+        run([elementwise(*launch)], x.device)
     return grad_x
 
 
@@ -246,8 +274,7 @@ def views_of(x: Tensor, modality: Tensor, views: int, count: Tensor | None = Non
     _expect_size("views", views * rows, width)
     view_rows(count, 1, rows, x.device)
     out = x.new_empty((experts, views, rows, width))
-    if out.numel():
-        run([views_launch(x.contiguous(), modality.contiguous(), out, count)], x.device)
+    _views(views_kernel, "views", out, modality, count, x=x.contiguous(), out=out)
     return out
 
 
@@ -259,7 +286,29 @@ def views_backward(grad_out: Tensor, modality: Tensor, count: Tensor | None = No
     grad_x = grad_out.new_empty((experts, 2, rows, width))
     if not views:
         return grad_x.zero_()
-    if grad_x.numel():
-        grad_out, modality = grad_out.contiguous(), modality.contiguous()
-        run([views_gradient_launch(grad_out, modality, grad_x, count)], grad_x.device)
+    rows_of_views = {"grad_out": grad_out.contiguous(), "grad_x": grad_x}
+    _views(views_gradient_kernel, "views_gradient", grad_out, modality, count, **rows_of_views)
     return grad_x
+
+
+def _views(
+    kernel: Any, name: str, wide: Tensor, modality: Tensor, count: Tensor | None, **rows: Tensor
+) -> None:
+    """wide: the rows of all views."""
+    experts, views, length, width = wide.shape
+    if not wide.numel():
+        return
+    tiles = tiles_of(name, wide.dtype)
+    # Blocks of columns that divide the width need no mask.
+    whole = width & -width
+    tiles = replace(tiles, columns=whole) if GROUP <= whole < tiles.columns else tiles
+    high, columns, warps = shape_of(tiles, width, 16)
+    launch = Launch(
+        kernel,
+        experts * blocks_of(length, high) * blocks_of(width, columns),
+        {**rows, "modality": modality.contiguous(), "count": count, "rows": length},
+        {"VIEWS": views, "WIDTH": width, "COLUMNS": columns, "ROWS": high},
+        warps,
+        1,
+    )
+    run([launch], wide.device)

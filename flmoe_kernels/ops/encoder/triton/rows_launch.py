@@ -1,9 +1,8 @@
-"""Launches of the encoder's row-wise kernels; tensors are contiguous."""
+"""Launch table of the encoder's row-wise kernels, and launches of contiguous tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,26 +12,11 @@ from flmoe_kernels.core.dropout import DRAWS, keep_scale, keep_threshold
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.core.triton.tables import blocks_of
 
-from .rows_kernels import (
-    gelu_gradient_kernel,
-    gelu_kernel,
-    norm_gradient_kernel,
-    norm_kernel,
-    norm_sum_kernel,
-)
-from .rows_pool_kernels import (
-    pool_gradient_kernel,
-    pool_kernel,
-    views_gradient_kernel,
-    views_kernel,
-)
-from .view_rows import ALL, ViewRows
+from .rows_kernels import norm_sum_kernel
+from .rows_pool_kernels import pool_gradient_kernel, pool_kernel
 
 # Columns covered by one group of dropout counters: tiles with dropout are at least this wide.
 GROUP = 128
-# Chunks of an expert's rows in the gradient of a norm: no more than so many, and none of fewer rows. They are 2048
-# programs for four experts, several for each place that an H100 has for one, whose parts are 2% of the traffic.
-_MOST_CHUNKS, _CHUNK_ROWS = 512, 32
 # Segments of up to this many rows on average take the smallest tiles.
 _SHORT = 16
 
@@ -51,13 +35,10 @@ class Tiles:
     shared: tuple[int, int, int]
 
 
-# (kernel, float32) -> tiles, the same for every architecture. A thread takes 16 bytes of each of a tile's four
-# parts, 32 elements in 16 bits and 16 in float32, which is enough bytes on their way for a few blocks of four
-# warps to hide memory's latency. The gradient of a norm keeps two sums for each element and takes half of that, in
-# vectors of 8 bytes; views hold two operands at once and have no parts. Pooling adds rows up in the tile, which is
-# no wider than one group of columns, so that a segment and view have as many programs as there are groups. Nothing
-# spills, at widths that are no whole tiles neither; shared memory is for sums across warps alone. Which tiles are
-# fastest has not been measured.
+# (kernel, float32) -> tiles, the same for every architecture; not measured. A thread takes 16 bytes of each of a
+# tile's four parts. The gradient of a norm keeps two sums for each element and takes half of that, in vectors of 8
+# bytes; views hold two operands at once and have no parts. Pooling adds rows up in the tile, which is no wider
+# than one group of columns, so that a segment and view have as many programs as there are groups.
 TABLE = {
     ("norm", False): Tiles(4096, 0, 4, (128, 128, 128)),
     ("norm", True): Tiles(2048, 0, 4, (64, 64, 64)),
@@ -80,9 +61,6 @@ TABLE = {
     ("views_gradient", False): Tiles(2048, 256, 4, (0, 0, 0)),
     ("views_gradient", True): Tiles(2048, 256, 4, (0, 0, 0)),
 }
-# With a count the gradient of a norm would take about 160 registers, and three blocks would share an SM, not four.
-# With 128 nothing spills on these architectures if widths are whole tiles.
-_REGISTERS = {80: 128, 90: 128}
 # A row wider than a tile is processed alone, with more warps, up to the maximum of a block.
 _MOST_WARPS = 16
 
@@ -107,7 +85,7 @@ def tiles_of(kernel: str, dtype: torch.dtype) -> Tiles:
     return TABLE[kernel, dtype == torch.float32]
 
 
-def _shape(tiles: Tiles, width: int, least: int = GROUP) -> tuple[int, int, int]:
+def shape_of(tiles: Tiles, width: int, least: int = GROUP) -> tuple[int, int, int]:
     """Rows and columns of a tile for rows of this width, and its warps; columns are a power of two."""
     columns = max(least, 1 << (width - 1).bit_length())
     columns = min(columns, tiles.columns or columns)
@@ -115,88 +93,11 @@ def _shape(tiles: Tiles, width: int, least: int = GROUP) -> tuple[int, int, int]
     return max(1, tiles.elements // columns), columns, min(_MOST_WARPS, tiles.warps * more)
 
 
-def norm_launch(
-    residual: Tensor | None,
-    update: Tensor | None,
-    affine: tuple[Tensor, Tensor],
-    dropout: Dropout,
-    eps: float,
-    results: tuple[Tensor | None, Tensor, Tensor, Tensor],
-    computed: ViewRows = ALL,
-) -> Launch:
-    """results: total, normed (E, R, D), mean, rstd (E, R); total None without an update."""
-    total, normed, mean, rstd = results
-    experts, rows, width = normed.shape
-    high, columns, warps = _shape(tiles_of("norm", normed.dtype), width)
-    sizes = computed.arguments(rows)
-    return Launch(
-        norm_kernel,
-        experts * computed.views * blocks_of(sizes["rows"], high),
-        {
-            **{"residual": residual, "update": update, "gain": affine[0], "shift": affine[1]},
-            **{"total": total, "normed": normed, "mean": mean, "rstd": rstd},
-            **{"eps": eps, **sizes, **dropout.arguments()},
-        },
-        {"WIDTH": width, "PART": columns // 4, "ROWS": high},
-        warps,
-        1,
-    )
-
-
-def chunk_of(total: Tensor) -> int:
-    """Number of rows that a program sums in the gradient of a norm; depends only on shape and dtype."""
-    _, rows, width = total.shape
-    high, _, _ = _shape(tiles_of("norm_gradient", total.dtype), width)
-    least = max(_CHUNK_ROWS, blocks_of(rows, _MOST_CHUNKS))
-    return blocks_of(least, high) * high
-
-
-def norm_parts_shape(total: Tensor, computed: ViewRows = ALL) -> tuple[int, int, int, int]:
-    """Shape (E, chunks, 2, D) of the partial sums in the gradient of a norm, in float32."""
-    experts, rows, width = total.shape
-    of_view = computed.arguments(rows)["rows"]
-    return experts, computed.views * blocks_of(of_view, chunk_of(total)), 2, width
-
-
-def norm_gradient_launches(
-    grads: tuple[Tensor | None, Tensor | None],
-    saved: tuple[Tensor, Tensor, Tensor, Tensor],
-    dropout: Dropout,
-    twice: bool,
-    results: Sequence[Tensor | None],
-    parts: Tensor | None,
-    computed: ViewRows = ALL,
-) -> list[Launch]:
-    """grads: of total and of normed; saved: total, mean, rstd, gain; results: gradients of residual, update, gain
-    and shift, None if not wanted; parts None without a gradient of normed, or if neither gain nor shift has one.
-    The second launch reads the parts that the first writes."""
-    total, mean, rstd, gain = saved
-    grad_residual, grad_update, grad_gain, grad_shift = results
-    experts, chunks, _, width = norm_parts_shape(total, computed)
-    high, columns, warps = _shape(tiles_of("norm_gradient", total.dtype), width)
-    first = Launch(
-        norm_gradient_kernel,
-        experts * chunks,
-        {
-            **{"grad_total": grads[0], "grad_normed": grads[1]},
-            **{"total": total, "mean": mean, "rstd": rstd, "gain": gain},
-            **{"grad_residual": grad_residual, "grad_update": grad_update, "parts": parts},
-            **{"chunk": chunk_of(total), **computed.arguments(total.shape[1])},
-            **dropout.arguments(),
-        },
-        {"TWICE": twice, "WIDTH": width, "PART": columns // 4, "ROWS": high},
-        warps,
-        1,
-        _REGISTERS if computed.count is not None and columns == width and warps == 4 else {},
-    )
-    return [first] if parts is None else [first, norm_sum_launch(parts, grad_gain, grad_shift)]
-
-
 def norm_sum_launch(parts: Tensor, grad_gain: Tensor | None, grad_shift: Tensor | None) -> Launch:
     """Gradients (E, D) of gain and shift, None if not wanted, from parts (E, chunks, 2, D)."""
     experts, chunks, _, width = parts.shape
     tiles = tiles_of("norm_sum", parts.dtype)
-    high, columns, warps = _shape(tiles, width, 1)
+    high, columns, warps = shape_of(tiles, width, 1)
     return Launch(
         norm_sum_kernel,
         2 * experts * blocks_of(width, columns),
@@ -207,7 +108,7 @@ def norm_sum_launch(parts: Tensor, grad_gain: Tensor | None, grad_shift: Tensor 
     )
 
 
-def _elementwise(
+def elementwise(
     kernel: Any,
     name: str,
     like: Tensor,
@@ -217,7 +118,7 @@ def _elementwise(
 ) -> Launch:
     """Launch with one program per block of rows and columns of (E, R, D); a block has rows of one of `views`."""
     experts, rows, width = like.shape
-    high, columns, warps = _shape(tiles_of(name, like.dtype), width)
+    high, columns, warps = shape_of(tiles_of(name, like.dtype), width)
     return Launch(
         kernel,
         experts * views * blocks_of(rows // views, high) * blocks_of(width, columns),
@@ -226,20 +127,6 @@ def _elementwise(
         warps,
         1,
     )
-
-
-def gelu_launch(x: Tensor, dropout: Dropout, out: Tensor, computed: ViewRows = ALL) -> Launch:
-    arguments = {"x": x, "out": out, **computed.arguments(x.shape[1])}
-    return _elementwise(gelu_kernel, "gelu", x, arguments, dropout, computed.views)
-
-
-def gelu_gradient_launch(
-    grad_out: Tensor, x: Tensor, dropout: Dropout, grad_x: Tensor, computed: ViewRows = ALL
-) -> Launch:
-    arguments = {"grad_out": grad_out, "x": x, "grad_x": grad_x}
-    arguments |= computed.arguments(x.shape[1])
-    kernel = gelu_gradient_kernel
-    return _elementwise(kernel, "gelu_gradient", x, arguments, dropout, computed.views)
 
 
 def pool_class(rows: int, segments: int) -> str:
@@ -253,7 +140,7 @@ def pool_launch(
     experts, views, segments, width = out.shape
     rows = residual.shape[1] // views
     tiles = tiles_of(pool_class(rows, segments), out.dtype)
-    high, columns, warps = _shape(tiles, width)
+    high, columns, warps = shape_of(tiles, width)
     return Launch(
         pool_kernel,
         experts * views * segments * blocks_of(width, columns),
@@ -281,34 +168,4 @@ def pool_gradient_launch(
     arguments |= {"grad_residual": grad_residual, "grad_update": grad_update}
     arguments |= {"rows": like.shape[1] // views, "views": views}
     arguments |= {"segments": cu_segments.shape[0] - 1}
-    kernel = pool_gradient_kernel
-    return _elementwise(kernel, "pool_gradient", like, arguments, dropout)
-
-
-def _views(kernel: Any, name: str, wide: Tensor, arguments: dict[str, Any]) -> Launch:
-    experts, views, rows, width = wide.shape
-    tiles = tiles_of(name, wide.dtype)
-    # Blocks of columns that divide the width need no mask.
-    whole = width & -width
-    tiles = replace(tiles, columns=whole) if GROUP <= whole < tiles.columns else tiles
-    high, columns, warps = _shape(tiles, width, 16)
-    return Launch(
-        kernel,
-        experts * blocks_of(rows, high) * blocks_of(width, columns),
-        {**arguments, "rows": rows},
-        {"VIEWS": views, "WIDTH": width, "COLUMNS": columns, "ROWS": high},
-        warps,
-        1,
-    )
-
-
-def views_launch(x: Tensor, modality: Tensor, out: Tensor, count: Tensor | None = None) -> Launch:
-    arguments = {"x": x, "modality": modality, "out": out, "count": count}
-    return _views(views_kernel, "views", out, arguments)
-
-
-def views_gradient_launch(
-    grad_out: Tensor, modality: Tensor, grad_x: Tensor, count: Tensor | None = None
-) -> Launch:
-    arguments = {"grad_out": grad_out, "modality": modality, "grad_x": grad_x, "count": count}
-    return _views(views_gradient_kernel, "views_gradient", grad_out, arguments)
+    return elementwise(pool_gradient_kernel, "pool_gradient", like, arguments, dropout)

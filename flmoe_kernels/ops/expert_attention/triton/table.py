@@ -57,10 +57,8 @@ class Tiles:
 # (kernel, class of the call) -> tiles for every architecture that has none of its own. 64 rows give each of four
 # warps the 16 that its matrix instruction takes, and sm_90's the 64 of its group, so that scores stay in the
 # registers where they were made; with more warps each row is held twice. 64 columns, because with 128 columns
-# "key_gradient" spills on sm_80, sm_90 and sm_100, and "query_gradient" and "attend" spill on sm_100. On sm_90
-# "attend" with 128 columns would take 16.0 instead of 17.0 instructions per score, but 241 instead of 141
-# registers. With two stages, copies and products do not overlap; with three, the next tile is loaded during the
-# current one. Two blocks share an SM: 255 registers and the shared memory allow it. "wide" is for widths over 64,
+# "key_gradient" spills on sm_80, sm_90 and sm_100, and "query_gradient" and "attend" spill on sm_100. Two blocks
+# share an SM: 255 registers and the shared memory allow it. "wide" is for widths over 64,
 # where a tile of rows has twice the bytes: half the columns in "query_gradient"; half the rows in "key_gradient",
 # whose sums alone are 128 registers, which leaves its scores to mma.sync on every architecture. "short" is for
 # problems of at most 16 rows on average: a warp (two for float32's gradients) and a tile for each problem and
@@ -69,8 +67,7 @@ class Tiles:
 # columns; each chunk of the output is a program that makes all scores. Two float32 kernels have chunks of 64,
 # twice the programs and at width 256 1.7 times the products: with 128 they spill up to 112 bytes. Tiles of wide
 # float32 and of chunked rows are smaller for the registers and the shared memory: nothing spills at widths 128 and
-# 256, though up to 584 bytes do at 200, which fills no chunk, and no block takes more than the 99 KiB that sm_86
-# and sm_89 have. The fastest choice has not been measured.
+# 256, though up to 584 bytes do at 200, which fills no chunk. Not measured.
 _ALL: dict[Key, Tiles] = {
     ("attend", "long"): Tiles(64, 64, 4, 3, (40960, 57344, 57392)),
     ("query_gradient", "long"): Tiles(64, 64, 4, 3, (49152, 65536, 73792)),
@@ -104,8 +101,7 @@ _ALL: dict[Key, Tiles] = {
 # spills on sm_12x. The wide gradient of queries loads a tile ahead where two blocks with three stages fit an SM.
 # The other entries exist because the default tiles spill 8 to 24 bytes in one named case: half the columns for
 # wide rows on sm_80 and sm_86, three stages for the wide gradient of keys on sm_90, eight warps for chunked rows
-# on sm_100, whose float32 gradient of keys also has chunks of 64. AMD has 64 KiB a block. The fastest choice has
-# not been measured.
+# on sm_100, whose float32 gradient of keys also has chunks of 64. AMD has 64 KiB a block. Not measured.
 _AMPERE: dict[Key, Tiles] = {
     ("attend", "long"): Tiles(64, 64, 4, 3, (40960, 0, 0), branch=False),
     ("query_gradient", "long"): Tiles(64, 64, 4, 3, (49152, 0, 0), branch=False),

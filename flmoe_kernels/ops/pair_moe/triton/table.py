@@ -40,14 +40,11 @@ class Tiles:
 # (kernel, more than _MANY experts, float32) -> tiles for every architecture that has none of its own. 16 columns
 # are the least that a matrix product sums over, and 64 rows give each of four warps the 16 that its instruction
 # takes (and sm_90's the 64 of its group), so that p stays in the registers where it was made. More columns spill
-# on sm_80, where a tile per expert and the sums fill the 255 registers of a thread. "map" sums nothing
-# over the tile and takes 512 pairs, which leave registers for its keys. Two blocks of four warps fit on an SM; a
-# block of eight warps runs alone. With two stages, copies and products do not overlap; with three, the next tile
-# is loaded during the current one. Only sm_100 takes more than the 99 KiB that the smallest devices of sm_8x and
-# sm_12x have, for the first "gradient". float32, whose products split operands in registers, and more than four
-# experts have twice the values or tiles. Their rows, columns and chunks were chosen so that no named case spills,
-# with one exception: the float32 gradient of k of eight experts on sm_100 (40 bytes per thread), see
-# docs/launch_tables.md. The fastest choice has not been measured.
+# on sm_80, where a tile per expert and the sums fill the 255 registers of a thread. "map" sums nothing over the
+# tile and takes 512 pairs, which leave registers for its keys. float32, whose products split operands in
+# registers, and more than four experts have twice the values or tiles. Their rows, columns and chunks were chosen
+# so that no named case spills, with one exception: the float32 gradient of k of eight experts on sm_100, see
+# docs/launch_tables.md. Not measured.
 _ALL: dict[Key, Tiles] = {
     ("accumulate", False, False): Tiles(64, 16, 64, 64, 4, 3, (36864, 0, 0)),
     ("gradient", False, False): Tiles(64, 16, 64, 64, 4, 2, (51264, 0, 0), 192),

@@ -1,4 +1,4 @@
-"""The reweighting through Triton: allocations, and the launches that fill them.
+"""The reweighting through Triton: launch table, allocations and launches.
 
 No call waits for the GPU, and what is allocated and launched depends on shapes alone, so that CUDA graphs can
 capture it.
@@ -6,18 +6,32 @@ capture it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flmoe_kernels.core.operands import contiguous, expect, expect_float32_or_half
-from flmoe_kernels.core.triton.launches import run
+from flmoe_kernels.core.triton.launches import Launch, run
 from flmoe_kernels.core.triton.plans import planned
+from flmoe_kernels.core.triton.tables import RowTiles, blocks_of, power_of_two
 
-from . import launch as launches
+from .kernels import features_gradient_kernel, features_kernel, mix_gradient_kernel, mix_kernel
 
 __all__ = ["features", "features_backward", "mix", "mix_backward"]
+
+# The same for every architecture, class of shape and dtype: these kernels are bound by bytes or by latency, and
+# all that shapes decide is how many programs there are. "features" holds all columns of a token, 4096 elements and
+# as many sums. "mix" is one program of one warp for eight samples: launch latency dominates it; with more than 64
+# classes for four, because eight would spill on sm_80. Which tiles are fastest is not measured.
+TABLE = {
+    "features": RowTiles(4096, 1 << 20, 8, 8192),
+    "features_gradient": RowTiles(4096, 1 << 20, 8, 4096),
+    "mix": RowTiles(512, 128, 1, 32, rows=8),
+    "mix_gradient": RowTiles(512, 128, 1, 128, rows=8),
+}
+_STAGES = 2
 
 
 @planned(2)
@@ -32,12 +46,13 @@ def features(
     expect("mask", mask, (batch, total), torch.bool, tokens.device)
     out = tokens.new_empty((batch, len(lengths) * width))
     statistics = tokens.new_empty((batch, len(lengths), 2), dtype=torch.float32)
-    tokens, mask = tokens.contiguous(), contiguous(mask)
     if out.numel():
-        run(
-            [launches.features_launch(tokens, mask, lengths, normalized, out, statistics)],
-            tokens.device,
-        )
+        arguments = {
+            **{"tokens": tokens.contiguous(), "mask": contiguous(mask), "normalized": normalized},
+            **{"features": out, "statistics": statistics, "total": total},
+        }
+        launch = _features(features_kernel, "features", batch, width, lengths, arguments)
+        run([launch], tokens.device)
     return out, statistics
 
 
@@ -58,11 +73,28 @@ def features_backward(
     expect("mask", mask, (batch, total), torch.bool, device)
     grad = features.new_empty((batch, total, width))
     if grad.numel():
-        grad_features, features = grad_features.contiguous(), features.contiguous()
-        statistics, mask = statistics.contiguous(), contiguous(mask)
-        tensors = (grad_features, features, statistics, mask)
-        run([launches.features_gradient_launch(*tensors, lengths, grad)], device)
+        name = "features_gradient"
+        slots = blocks_of(max(lengths), TABLE[name].shape(width)[0])
+        arguments = {
+            **{"grad_features": grad_features.contiguous(), "features": features.contiguous()},
+            **{"statistics": statistics.contiguous(), "mask": contiguous(mask)},
+            **{"grad_tokens": grad, "total": total, "slots": slots},
+        }
+        kernel, programs = features_gradient_kernel, batch * slots
+        run([_features(kernel, name, programs, width, lengths, arguments)], device)
     return grad
+
+
+def _features(
+    kernel: Any, name: str, programs: int, width: int, lengths: Sequence[int], arguments: dict
+) -> Launch:
+    """programs: for each modality."""
+    tokens, chunk = TABLE[name].shape(width)
+    # Odd numbers above 1, because Triton compiles again for elements of a tuple that are 1 or multiples of 16.
+    arguments["lengths"] = tuple(2 * length + 3 for length in lengths)
+    constants = {"WIDTH": width, "CHUNK": chunk, "TOKENS": tokens}
+    programs *= len(lengths)
+    return Launch(kernel, programs, arguments, constants, TABLE[name].warps, _STAGES)
 
 
 @planned(2)
@@ -72,9 +104,8 @@ def mix(scores: Tensor, logits: Tensor, temperature: float) -> tuple[Tensor, Ten
     experts, batch, classes = logits.shape
     expect("scores", scores, (batch, experts), logits.dtype, logits.device)
     weights, mixed = scores.new_empty((batch, experts)), logits.new_empty((batch, classes))
-    if batch:
-        found = launches.mix_launch(scores.contiguous(), logits, temperature, weights, mixed)
-        run([found], logits.device)
+    tensors = {"scores": scores.contiguous(), "weights": weights, "mixed": mixed}
+    _mix(mix_kernel, "mix", logits, temperature, tensors)
     return weights, mixed
 
 
@@ -97,11 +128,33 @@ def mix_backward(
         x.new_empty(x.shape if want else (0,))
         for x, want in zip((weights, logits), wants, strict=True)
     )
-    if batch:
-        given = contiguous(grad_weights), contiguous(grad_mixed), weights.contiguous()
-        grads = of_scores if wants[0] else None, of_logits if wants[1] else None
-        run([launches.mix_gradient_launch(*given, logits, temperature, grads)], logits.device)
+    tensors = {
+        **{"grad_weights": contiguous(grad_weights), "grad_mixed": contiguous(grad_mixed)},
+        **{"weights": weights.contiguous(), "grad_scores": of_scores if wants[0] else None},
+        **{"grad_logits": of_logits if wants[1] else None},
+    }
+    _mix(mix_gradient_kernel, "mix_gradient", logits, temperature, tensors)
     return of_scores, of_logits
+
+
+def _mix(
+    kernel: Any, name: str, logits: Tensor, temperature: float, tensors: Mapping[str, Tensor | None]
+) -> None:
+    """Run a kernel on logits (E, B, C) with any first stride."""
+    experts, batch, classes = logits.shape
+    rows, chunk = TABLE[name].shape(classes)
+    launch = Launch(
+        kernel,
+        blocks_of(batch, rows),
+        {
+            **{**tensors, "logits": logits, "of_expert": logits.stride(0)},
+            **{"temperature": temperature, "batch": batch, "classes": classes},
+        },
+        {"EXPERTS": experts, "LANES": power_of_two(experts), "ROWS": rows, "CHUNK": chunk},
+        TABLE[name].warps,
+        _STAGES,
+    )
+    run([launch] if batch else [], logits.device)
 
 
 def _logits(x: Tensor) -> Tensor:

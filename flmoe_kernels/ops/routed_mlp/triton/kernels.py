@@ -14,18 +14,13 @@ have a fixed order, without atomics.
                weight_gradient    grads of w_in and b_in, of w_out and b_out     2 x 2 D F, gated 3 x 2 D F
                rows_kernel        grad of x, at n, k; then sum_kernel            2 D F, gated 4 D F
 
-act(h) is stored in a second buffer instead of being recomputed by the second product: there each of its D / 128
-blocks of columns would compute it again, and 128 elements take about 25 clocks of an SM, but their part of the
-product 8. The cost is writing R F elements once, 268 MB of the 2.6 GB that routed_large moves, 34 MB of 154 MB at
-routed_small. Rows at n, k have x's dtype: half the bytes of float32, but one more rounding of each of K rows.
+act(h) is stored in a second buffer instead of being recomputed by the second product, where each of its D / 128
+blocks of columns would compute it again. Rows at n, k have x's dtype: half the bytes of float32, but one more
+rounding of each of K rows.
 
 Tiles in bfloat16 and float16 are 128 x 128 over 64 at a time, accumulated in float32 and finished in slices of
 columns, so that two programs of eight warps share an SM of sm_90 at 128 registers if widths are whole tiles.
-
-Bound, by counting and not measured, on an H100 (989 TFLOP/s, 3.35 TB/s) in bfloat16:
-    routed_large: forward 1.10 TFLOP, 1.1 ms in two products, and 0.6 GB, 0.2 ms, to sum rows; backward
-    2.20 TFLOP, 2.2 ms, and 0.3 ms of sums. Bound by the matrix units.
-    routed_small: forward 17 GFLOP, 17 us, and 154 MB, 46 us if L2 holds none of it. Bound by memory, launches.
+Bound on an H100 in bfloat16, an estimate: routed_large by the matrix units, routed_small by memory and launches.
 """
 
 from __future__ import annotations
@@ -33,7 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flmoe_kernels.core.triton.products import dot
+from flmoe_kernels.core.triton.products import dot, slices
 
 from .tiles import (
     RELU,
@@ -45,7 +40,6 @@ from .tiles import (
     load_rows,
     locate,
     multiply,
-    slices,
 )
 
 

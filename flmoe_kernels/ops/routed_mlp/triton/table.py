@@ -81,12 +81,9 @@ def _wide(slices: int, stages: int, shared: tuple[int, int, int]) -> Tiles:
 
 
 # Those that an architecture has instead, for calls whose widths both are _LARGE or more; shared bytes elsewhere
-# are 0. 128 x 256 does 85 FLOP per byte from L2, 128 x 128 does 64. At 989 and 2250 TFLOP/s that needs 11.6 and
-# 26 TB/s instead of 15.5 and 35. L2 gives less (assumed), so its traffic is the bound and falls by a quarter.
-# One program has an SM to itself, with 255 registers a thread on sm_90: the activations in slices
-# of 32 columns do not spill. Nothing multiplies while it finishes a tile, which is why the sums must be long: at
-# 1024 the products of a tile take 16 rounds of 1024 clocks on sm_90. AMD has 64 KiB a block. The fastest choice
-# has not been measured.
+# are 0. 128 x 256 does 85 FLOP per byte from L2, 128 x 128 does 64. One program has an SM to itself, with 255
+# registers a thread on sm_90: the activations in slices of 32 columns do not spill. Nothing multiplies while it
+# finishes a tile, which is why the sums must be long. AMD has 64 KiB a block. Not measured.
 _REPLACED: dict[Architecture, dict[Key, Tiles]] = {
     80: _ODD,
     86: _ODD,

@@ -157,32 +157,6 @@ def multiply(
 
 
 @triton.jit
-def halves(x):
-    """The columns of a tile, the lower half and the upper."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def slices(x, COUNT: tl.constexpr):
-    """The columns of a tile in COUNT (a power of two) slices, in order."""
-    if COUNT == 1:
-        found = (x,)
-    else:
-        low, high = halves(x)
-        if COUNT == 2:
-            found = (low, high)
-        elif COUNT == 4:
-            found = halves(low) + halves(high)
-        elif COUNT == 8:
-            a, b = halves(low)
-            c, d = halves(high)
-            found = halves(a) + halves(b) + halves(c) + halves(d)
-        else:
-            found = slices(low, COUNT // 2) + slices(high, COUNT // 2)
-    return found
-
-
-@triton.jit
 def activate(x, ACT: tl.constexpr):
     """Value and derivative; the codes are the positions in ACTIVATIONS of reference.py."""
     if ACT == GELU:
