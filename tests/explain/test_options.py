@@ -104,6 +104,10 @@ def write(out: Path, *files: str) -> None:
         (out / name).write_text("mine")
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_results_are_replaced_only_with_force_and_other_files_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,7 +123,7 @@ def test_results_are_replaced_only_with_force_and_other_files_stay(
         assert command.main(Request(*files, out, **quick | wrong), force=True) == 2
         assert names(out) == OTHERS | OLD
     with monkeypatch.context() as failing:
-        failing.setattr(command, "page", lambda *_: exec("raise KeyboardInterrupt"))
+        failing.setattr(command, "page", interrupted)
         assert command.main(request, force=True) == command.INTERRUPTED
     assert names(out) == OTHERS | OLD | {PROGRESS}
     assert command.main(request, force=True) == 0
