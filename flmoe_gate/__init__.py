@@ -1,7 +1,7 @@
 """Pytest plugin: benchmarks against a peer in the same run, checked against a file of floors.
 
-pytest loads it in every run of an environment that has flmoe_kernels. It needs pytest-benchmark alone: it imports
-neither flmoe_kernels nor torch.
+Where flmoe_kernels is installed, pytest loads this plugin in every run. It needs only
+pytest-benchmark and imports neither flmoe_kernels nor torch.
 """
 
 from __future__ import annotations

@@ -40,11 +40,11 @@ class Floor:
         ratio: seconds of the peer over seconds of ours, expected on any machine.
         device: "cpu" or "cuda".
         tolerance: share of the expected ratio by which the measured ratio may be lower.
-        precision: rounds continue until the relative interval of the median ratio is this narrow.
+        precision: rounds continue until both ends of the interval are this close to the median, relative to it.
         rounds: minimum number of rounds.
         seconds: time limit.
-        threads: of torch, if it is loaded. A single thread is timed by processor time, which other processes do
-            not increase; several threads are timed by the wall clock.
+        threads: number of torch's threads, if torch is loaded. A single thread is timed by processor time,
+            which other processes do not increase; several threads are timed by the wall clock.
     """
 
     case: str
@@ -69,7 +69,7 @@ def key_of(case: str, peer: str, device: str) -> str:
 
 @dataclass(frozen=True)
 class Here:
-    """Facts of this machine that select its table, "" where they do not apply; device: name of the GPU."""
+    """Facts of this machine, used to select its table; "" if unknown. device: name of the GPU."""
 
     cpu: str
     isa: str

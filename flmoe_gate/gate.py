@@ -212,7 +212,8 @@ class Against:
             verdict = Verdict(floor, expected, source, paired)
         gate.measured.add(key)
         self._record(prepare()["ours"], plan, paired, verdict, facts)
-        gate.lines.append(verdict.message() if verdict else f"{key}: {_spread(paired)}")
+        unchecked = "no floor, not checked: " if gate.path and floor is None else ""
+        gate.lines.append(verdict.message() if verdict else f"{unchecked}{key}: {_spread(paired)}")
         if verdict is not None and not verdict.passed:
             pytest.fail(verdict.message(), pytrace=False)
         return paired

@@ -17,7 +17,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _MOST = 2**31 - 1
 # Blocks of at least this size are mapped and unmapped by every call; glibc accepts no larger threshold.
 _MAPPED_FROM = 32 * 2**20
-KEEPS_MEMORY = "keeps what is freed"
+KEEPS_MEMORY = "keeps freed memory"
 allocator = "default"
 
 

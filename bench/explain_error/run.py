@@ -26,7 +26,8 @@ from .games import Game, errors, games
 
 BUDGETS = (512, 2048, 8192, 16384)
 SEEDS, FEW = 20, 3
-# This package up to this budget and number of players: more seeds, for the coverage of its intervals.
+# Up to this budget and number of players, this package runs with more seeds, to measure the coverage of its
+# intervals.
 COVERAGE_SEEDS, COVERAGE_BUDGET, COVERAGE_PLAYERS = 200, 2048, 16
 SCREENED = 100  # from this number of players on, candidates are screened
 Run = Callable[[Game, int, int], dict[str, Any]]

@@ -57,7 +57,7 @@ void run(void (*flmoe::Kernels::*kernel)(DType, const Args&), int dtype, const A
   without_gil([&] { (flmoe::active_kernels().*kernel)(type, args); });
 }
 
-// How Python passes a field of a kernel's arguments.
+// Type in which Python passes a field of a kernel's arguments.
 template <typename T>
 struct Passed {
   using Type = T;

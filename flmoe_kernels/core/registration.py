@@ -21,8 +21,9 @@ class Derivative(NamedTuple):
 
     inputs: number of the first arguments that may have a gradient.
     save: save(*arguments, *results) returns the tensors and the other values that `backward` needs.
-    backward: backward(*gradients of the results, *tensors, *values, wants, backend) returns the gradients of the
-        arguments, of any values where not wanted; default: flmoe::<name>_backward, with `wants` if it has them.
+    backward: backward(*gradients of the results, *tensors, *values, wants, backend) returns the gradients of
+        the arguments; unwanted ones may have any value. Default: flmoe::<name>_backward, called with `wants` if its
+        schema has them.
     results: number of the first results that have a gradient.
     """
 

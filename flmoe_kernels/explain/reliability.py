@@ -81,8 +81,8 @@ def groups(values: Floats, errors: Floats) -> Ints:
 def alike(values: Floats, errors: Floats) -> Floats:
     """Values to draw: the mean of each group of values that are tied by their errors.
 
-    A group is tied across 0, and drawn at 0, unless all its values are on one side of 0 and some of them more than
-    two standard errors from it. So is a value of unknown (NaN) error, which links no others. NaN stays NaN.
+    A group is drawn at its mean if all its values have one sign and at least one is more than two standard errors
+    from 0, else at 0. A value with unknown (NaN) error is drawn at 0 and belongs to no group. NaN stays NaN.
     """
     known = np.isfinite(values) & ~np.isnan(errors)
     drawn = np.where(known | np.isnan(values), values, 0.0)

@@ -41,11 +41,13 @@ def experts_forward(
     Args:
         experts: module with the attributes that `use_experts_implementation` sets.
         hidden_states: (N, D); computed in the dtype of the weights, as by "grouped_mm".
-        top_k_index: (N, K); an expert-parallel model marks choices of other ranks by E.
+        top_k_index: (N, K); in an expert-parallel model, E, the number of local experts, marks those of other
+            ranks.
         top_k_weights: (N, K).
 
     Returns:
-        (N, D) in the dtype of hidden_states. Differentiable with respect to it, the weights and all parameters.
+        (N, D) in the dtype of hidden_states. Differentiable with respect to hidden_states, top_k_weights
+        and all parameters.
 
     Raises:
         ValueError: an activation, gate or norm that `routed_mlp` does not compute.

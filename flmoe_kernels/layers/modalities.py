@@ -52,7 +52,14 @@ def present_modalities(inputs: Sequence[Tensor | None], masks: Masks) -> Tensor 
     complete = all(x is not None and x.shape[1] for x in inputs)
     if complete and all(mask is None for mask in masks or ()):
         return None
-    return torch.stack([valid.any(dim=1) for valid in valid_tokens(inputs, masks)], dim=1)
+    like = next(x for x in inputs if x is not None)
+    columns = [
+        torch.full((like.shape[0],), x is not None and x.shape[1] > 0, device=like.device)
+        if mask is None
+        else mask.bool().any(dim=1)
+        for x, mask in zip(inputs, masks or [None] * len(inputs), strict=True)
+    ]
+    return torch.stack(columns, dim=1)
 
 
 def valid_tokens(inputs: Sequence[Tensor | None], masks: Masks) -> list[Tensor]:

@@ -56,9 +56,9 @@ def _measures(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if spread["rounds"] == 1:
         interval = "a single call"
     yield "time, median", f"{_time(spread['median'])} ({interval})"
-    yield "most calls, p20-p80", f"{_time(spread['p20'])} - {_time(spread['p80'])}"
+    yield "single calls, p20-p80", f"{_time(spread['p20'])} - {_time(spread['p80'])}"
     yield (
-        "slower than the first",
+        "time / first",
         "-" if ratio is None else "{median:.2f}x ({low:.2f} - {high:.2f})".format(**ratio),
     )
     yield "share of the limit", f"{facts['share_of_limit']:.1%} ({facts['limit']})"

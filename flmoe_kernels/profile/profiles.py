@@ -23,7 +23,7 @@ PRECISION = 0.01
 # Time limit of timing: LEAST_LIMIT seconds, or LIMIT_FACTOR * `seconds` if that is more.
 LEAST_LIMIT, LIMIT_FACTOR = 120.0, 24.0
 TRACED_CALLS = 3
-# What bounds a stage by the limit that determines its least time; HOST: it moves no data of a tensor.
+# Names for the limit that gives the minimum time of a stage; HOST: a stage without counted work.
 BOUNDS, HOST = {MATMUL: "compute", MEMORY: "memory"}, "host"
 HOST_BOUND = 0.2  # a call with a larger share of such stages is bound by the host
 SLOW = 1.0  # calls that take longer are traced once

@@ -37,7 +37,7 @@ IDLE = "device idle"
 
 TORCH = "aten::"
 _ENCODERS = "flmoe::encoder_layers"
-NAMED_SHARE = 0.05  # a torch operator with a larger share of the whole has its own row
+NAMED_SHARE = 0.05  # a torch operator with at least this share of the whole has its own row
 _COMPILED = ("Torch-Compiled Region", "## Call CompiledFxGraph", "CompiledFunction", "triton_")
 
 # Calls that launch a kernel or wait for one, in CUDA's runtime and, for Triton, its driver interface.

@@ -107,7 +107,7 @@ class Counting(TorchDispatchMode):
 def _exponentials(name: str, flop: int, args: Sequence[Any]) -> int:
     shapes = [x.shape for x in args if isinstance(x, Tensor) and x.ndim >= 4]
     if name.startswith(f"{OURS}expert_attention"):
-        # One for a score, which takes 4 products of the head's width, or 10 in the backward.
+        # One per score. A score takes 4 d FLOP for head width d, or 10 d in the backward.
         return flop // ((10 if "backward" in name else 4) * shapes[0][-1])
     if name in (f"{OURS}pair_moe", f"{OURS}pair_moe_backward"):
         q, k, *_ = shapes[-4:]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flmoe_kernels.layers.interaction_moe.architecture import FusionSpec, LayerSpec
-from flmoe_kernels.layers.modalities import valid_tokens
+from flmoe_kernels.layers.modalities import present_modalities
 
 from .agreement import Disagreement
 
@@ -86,8 +86,10 @@ def few_samples(case: Case, spec: LayerSpec | FusionSpec) -> Case:
 
 def present(case: Case) -> Tensor:
     """Whether each sample has a valid token of each modality, (B, M) bool on the CPU."""
-    valid = valid_tokens(case.inputs, case.masks)
-    return torch.stack([x.any(dim=1) for x in valid], dim=1).cpu()
+    there = present_modalities(case.inputs, case.masks)
+    if there is None:
+        return torch.ones(case.inputs[0].shape[0], len(case.inputs), dtype=torch.bool)
+    return there.cpu()
 
 
 def capture(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +44,7 @@ def measure(
     captured: the whole call of the model, if there is one; `case`, the call to compare, may have fewer samples.
     """
     found = []
-    if captured is not None:
+    if captured is not None and not isinstance(spec, RoutedSpec):
         there = present(captured)
         empty, whole = ~there.any(dim=1), there.all(dim=1)
         if padded := int(empty.sum()):
@@ -84,9 +83,13 @@ def measure(
     return tuple(found)
 
 
+def _mean(losses: list[float]) -> float:
+    return sum(losses) / max(len(losses), 1)  # NaN for losses that are inf and -inf
+
+
 def _gate_losses(layer: nn.Module, spec: Spec, case: Case) -> list[Difference]:
     expected, actual = (
-        statistics.fmean([float(loss) for loss in x.gate_losses if loss is not None] or [0.0])
+        _mean([float(loss) for loss in x.gate_losses if loss is not None])
         for x in _outputs(layer, spec, case, "capacity")
     )
     size = abs(actual - expected)

@@ -282,6 +282,10 @@ def test_wrong_arguments_of_the_constructor_are_named() -> None:
         ValueError, match="hidden_dim: expected 16, the fusion model's width, got 256"
     ):
         InteractionMoE(2, template)
+    with pytest.raises(
+        ValueError, match="num_modalities: expected 2, as in the fusion model, got 3"
+    ):
+        InteractionMoE(3, template, hidden_dim=16)
     with pytest.raises(ValueError, match="backend: expected one of reference, cpu, triton, cuda"):
         InteractionMoE(2, template, hidden_dim=16, backend="gpu")
 

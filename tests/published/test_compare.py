@@ -248,6 +248,11 @@ def test_captured_calls_that_cannot_be_compared(
         compare(layer, spec, Case(inputs, masks))
 
 
+def test_a_call_with_a_single_token_is_compared() -> None:
+    report = swap(nn.Sequential(make_mlp()), inputs=(X[0, 0],))
+    assert len(report.swapped_mlps) == 1
+
+
 def test_tokens_whose_choice_depends_on_rounding_are_excluded() -> None:
     large = torch.tensor([[3.0, 2.0, 1.9], [3e7, 2e7, 1e7], [3.0, 2.0, 2.0]]).double()
     assert _clear_choices(large, 2, torch.float32).tolist() == [True, True, False]

@@ -76,7 +76,7 @@ class Regression:
     indices: Sequence[str]
     sampling: Sampling = field(default_factory=Sampling)
     sample: int = 0
-    # Gives all ranks and later runs the same numbers, see `Evaluator.agree`.
+    # Makes the numbers identical on all ranks and in later runs, see `Evaluator.agree`.
     agree: Callable[[Floats], Floats] = np.asarray
 
     def __post_init__(self) -> None:

@@ -65,6 +65,12 @@ class ExpertAverage(nn.Module):
         return torch.softmax(self.weights, dim=0).repeat(inputs[0].shape[0], 1)
 
 
+def fusion_width(model: nn.Module) -> int | None:
+    """The token width of a fusion model, None if its structure is unknown."""
+    norms = [part for name, part in model.named_modules() if name.endswith(".norm1")]
+    return norms[0].normalized_shape[-1] if norms and isinstance(norms[0], nn.LayerNorm) else None
+
+
 class InteractionExpert(nn.Module):
     """One interaction expert: its fusion model runs on the full input and on perturbed views.
 

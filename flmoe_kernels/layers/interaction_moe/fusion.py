@@ -259,7 +259,8 @@ class ReferenceFusionTransformer(nn.Module):
 
     def _complete(self, backend: str | None) -> None:
         """Finish the construction; a subclass may have other backends."""
-        check.require_choice("backend", backend or REFERENCE, (REFERENCE,))
+        if backend is not None:
+            check.require_choice("backend", backend, (REFERENCE,))
 
     def forward(
         self, inputs: Inputs, masks: Masks = None, return_latent: bool = False

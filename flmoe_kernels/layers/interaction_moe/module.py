@@ -33,7 +33,7 @@ from .reference import (
     check_replacements,
 )
 from .sparse import GateLosses, sum_losses
-from .structure import describe, fusion_width
+from .structure import describe
 from .variants import variant_of
 
 
@@ -69,12 +69,7 @@ class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
         *(Reweighting, ExpertAverage, InteractionExpert, FusionTransformer)
     }
 
-    def _complete(self, hidden_dim: int, backend: str | None) -> None:
-        width = fusion_width(self.interaction_experts[0].fusion_model)
-        if width not in (None, hidden_dim):
-            raise ValueError(
-                f"hidden_dim: expected {width}, the fusion model's width, got {hidden_dim}"
-            )
+    def _complete(self, backend: str | None) -> None:
         self._spec = _supported(self)
         self._take_parameters(self)
         self._start(self._spec, backend)

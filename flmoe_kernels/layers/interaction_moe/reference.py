@@ -26,7 +26,7 @@ from flmoe_kernels.layers.parts import separate
 from flmoe_kernels.ops.interaction_losses import interaction_losses
 from flmoe_kernels.ops.interaction_losses.reference import regression_losses
 
-from .experts import ExpertAverage, InteractionExpert, Reweighting
+from .experts import ExpertAverage, InteractionExpert, Reweighting, fusion_width
 from .fusion import Compat, Inputs, ReferenceFusionTransformer
 
 Replacements = Sequence[Sequence[Tensor]]
@@ -97,6 +97,16 @@ class ReferenceInteractionMoE(nn.Module):
         self.interaction_loss = interaction_loss
         self.uniqueness = uniqueness
         self._check_options()
+        modalities = getattr(fusion_model, "num_modalities", num_modalities)
+        if modalities != num_modalities:
+            raise ValueError(
+                f"num_modalities: expected {modalities}, as in the fusion model, got {num_modalities}"
+            )
+        width = fusion_width(fusion_model)
+        if width not in (None, hidden_dim):
+            raise ValueError(
+                f"hidden_dim: expected {width}, the fusion model's width, got {hidden_dim}"
+            )
         num_experts = num_modalities + 2 if uniqueness else 2
         if reweighting == "average":
             self.reweight = ExpertAverage(num_experts)
@@ -111,11 +121,12 @@ class ReferenceInteractionMoE(nn.Module):
         for part in self.interaction_experts.modules():
             if isinstance(getattr(type(part), "backend", None), property):
                 part.backend = REFERENCE
-        self._complete(hidden_dim, backend)
+        self._complete(backend)
 
-    def _complete(self, hidden_dim: int, backend: str | None) -> None:
+    def _complete(self, backend: str | None) -> None:
         """Finish the construction; a subclass may have other backends."""
-        check.require_choice("backend", backend or REFERENCE, (REFERENCE,))
+        if backend is not None:
+            check.require_choice("backend", backend, (REFERENCE,))
 
     def extra_repr(self) -> str:
         changed = {name: getattr(self, name) for name in OPTIONS}

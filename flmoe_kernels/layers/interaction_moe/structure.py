@@ -160,12 +160,6 @@ def _check_parts(model: nn.Module, shapes: dict[str, tuple[int, ...]], *called: 
         check_parameters(model, shapes, optional, prefixes)
 
 
-def fusion_width(model: nn.Module) -> int | None:
-    """The token width of a fusion model, None if its structure is unknown."""
-    norms = [part for name, part in model.named_modules() if name.endswith(".norm1")]
-    return norms[0].normalized_shape[-1] if norms and isinstance(norms[0], nn.LayerNorm) else None
-
-
 def fusion_spec(
     model: nn.Module,
     path: str = "",

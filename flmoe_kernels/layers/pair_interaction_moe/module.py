@@ -338,8 +338,12 @@ class PairInteractionMoE(nn.Module):
             packed = linear(sequences[m]).unflatten(2, (experts, self.rank + self.value_dim))
             return Side(packed, masks[m], self.rank)
 
-        options: dict[str, Any] = {"kinds": self.kinds, "top_k": self.top_k}
-        options |= {"temperature": self.temperature, "backend": self.backend}
+        options: dict[str, Any] = {
+            "kinds": self.kinds,
+            "top_k": self.top_k,
+            "temperature": self.temperature,
+            "backend": self.backend,
+        }
         pairs = []
         for (m, n), maps, bias in zip(
             self.modality_pairs, self.projections, self.gate_bias, strict=True
