@@ -22,8 +22,8 @@ class Derivative(NamedTuple):
     inputs: number of the first arguments that may have a gradient.
     save: save(*arguments, *results) returns the tensors and the other values that `backward` needs.
     backward: backward(*gradients of the results, *tensors, *values, wants, backend) returns the gradients of
-        the arguments; unwanted ones may have any value. Default: flmoe::<name>_backward, called with `wants` if its
-        schema has them.
+        the arguments; unwanted ones may have any value. Default: flmoe::<name>_backward, called with `wants` if
+        its schema has them.
     results: number of the first results that have a gradient.
     """
 

@@ -42,7 +42,8 @@ def figure_of(facts: Mapping[str, Any]) -> Figure:
     """Draw the operators of a profile, given by `Profile.as_dict`, under the attainable rates.
 
     A point is an operator of this package, or one of torch with a row of its own. The farther it is
-    below the line, the smaller its share of the attainable rate. Operators without matrix products are open, at the left edge.
+    below the line, the smaller its share of the attainable rate. Operators without
+    matrix products are open, at the left edge.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, NullFormatter
