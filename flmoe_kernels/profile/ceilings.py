@@ -1,8 +1,8 @@
 """Measured ceilings of this machine (matrix product, copy) and the roofline.
 
-The ceilings are torch's large product and copy, so "share of the roofline" compares a kernel with what programs
-reach on this machine, not with a data sheet. A kernel may exceed the ceilings if torch's library does not use the
-processor's best instructions.
+The ceilings are a large product and a copy, so "share of the roofline" compares a kernel with what programs
+reach on this machine, not with a data sheet. On a CPU, the product is torch's or this package's, whichever is
+faster, because torch's library does not use the best instructions of every processor.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from flmoe_gate.timing import Call, Clock, clock_for
+from flmoe_kernels.core.native import cpu_unavailable_reason
+from flmoe_kernels.ops.encoder.api import expert_linear
 
 from .cases import dtype_name
 from .environment import ask_driver
@@ -74,7 +76,9 @@ def measure_ceilings(
     return Ceilings(
         device=device,
         flops={
-            dtype_name(dtype): matmul_rate(device, dtype, clock=clock)
+            dtype_name(dtype): max(
+                matmul_rate(device, dtype, clock=clock), linear_rate(device, dtype, clock=clock)
+            )
             for dtype in dtypes or default
         },
         bytes_per_second=copy_rate(device, clock=clock),
@@ -98,6 +102,19 @@ def matmul_rate(
         while expected > _PRODUCT_SECONDS and side > small:
             side, expected = side // 2, expected / 8
     return 2 * side**3 / _median_seconds(_product(device, dtype, side), clock)
+
+
+def linear_rate(
+    device: str, dtype: torch.dtype, side: int = _SIDE["cpu"], clock: Clock | None = None
+) -> float:
+    """FLOP/s of this package's product of two square matrices on a CPU; 0 on a GPU or without the C++ kernels."""
+    if is_cuda(device) or cpu_unavailable_reason():
+        return 0.0
+    a, b = (torch.randn(1, side, side).to(dtype) for _ in range(2))
+    seconds = _median_seconds(
+        lambda: expert_linear(a, b, None, "cpu"), clock or clock_for(device)[1]
+    )
+    return 2 * side**3 / seconds
 
 
 def _product(device: str, dtype: torch.dtype, side: int) -> Call:

@@ -95,7 +95,9 @@ def attainable_text(ceilings: Ceilings) -> str:
     """A line that says what the rates are compared with."""
     rates = [f"{rate_text(x)}FLOP/s in {dtype}" for dtype, x in ceilings.flops.items()]
     copy = f"{rate_text(ceilings.bytes_per_second)}B/s"
-    return f"attainable, measured now on this machine: torch.mm {', '.join(rates)}; copy {copy}"
+    return (
+        f"attainable, measured now on this machine: matrix product {', '.join(rates)}; copy {copy}"
+    )
 
 
 def _number(value: float | None) -> str:

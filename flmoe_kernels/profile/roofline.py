@@ -71,7 +71,7 @@ def figure_of(facts: Mapping[str, Any]) -> Figure:
         point.set(markersize=4 + 20 * x["share"] ** 0.5, clip_on=False, gid=f"point-{number}")
         axes.annotate(str(number), (place, rate), (7, -3), textcoords="offset points", fontsize=8)
     axes.set_xlabel("FLOP per byte of inputs and results (open: no matrix products)")
-    axes.set_ylabel(f"roof: torch.mm, {rate_text(top)}FLOP/s; copy, {rate_text(slope)}B/s")
+    axes.set_ylabel(f"roof: matrix product, {rate_text(top)}FLOP/s; copy, {rate_text(slope)}B/s")
     axes.yaxis.set_major_formatter(EngFormatter("FLOP/s"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title(_title(facts), fontsize=10)
