@@ -145,7 +145,10 @@ class Gate:
             name = update_file(self.path, here(device), ratio)
             terminal.write_line(f"{self.path}: wrote this machine's ratios to [machine.{name}]")
         if missing:
-            terminal.write_line(f"{self.path}: not measured in this run: {', '.join(missing)}")
+            shown = "::warning::" if os.environ.get("GITHUB_ACTIONS") else ""
+            terminal.write_line(
+                f"{shown}{self.path}: not measured in this run: {', '.join(missing)}"
+            )
 
 
 class Against:
