@@ -24,6 +24,8 @@ from tests.support.layers import LayerCase, named_outputs
 from tests.support.pair_layers import PairModel
 
 META = torch.device("meta")
+# Of no other test: layouts are kept between calls, and `no_reads` changes them.
+BATCH = 11
 FL = LayerCase((7, 5), dim=16, layers=2, dropout=0.5, masks="partial")
 CASES = (
     FL,
@@ -102,8 +104,8 @@ def graphs_without_a_gpu() -> Iterator[None]:
 
 
 def sample_of(sizes: list[tuple[int, int]], device: torch.device) -> tuple[list[Tensor], ...]:
-    """Inputs (2, L_m, D_m) and masks."""
-    inputs = [torch.empty(2, length, dim, device=device) for length, dim in sizes]
+    """Inputs (B, L_m, D_m) and masks."""
+    inputs = [torch.empty(BATCH, length, dim, device=device) for length, dim in sizes]
     return inputs, [torch.ones(x.shape[:2], dtype=torch.bool, device=device) for x in inputs]
 
 
