@@ -12,6 +12,13 @@ import pytest
 
 from .gate import Against, Gate
 
+__all__ = [
+    "benchmark_against",
+    "pytest_addoption",
+    "pytest_configure",
+    "pytest_sessionfinish",
+    "pytest_terminal_summary",
+]
 _GATE = "_flmoe_gate"
 
 
