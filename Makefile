@@ -89,16 +89,18 @@ aarch64-tools:
  and the emulator (Debian/Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user)" >&2; exit 1; }; \
 	done
 
-compatibility: compiler ## test torch.compile, torch.export and backends with PACKAGES="torch==2.6.0"
+compatibility: compiler ## test operators, compile, export, backends with PACKAGES="torch==2.6.0"
 	@$(check_python)
 	rm -rf $(OTHER) && "$(PYTHON)" -m venv $(OTHER)
 	$(OTHER)/bin/python -m pip install --quiet $(filter-out triton%,$(PACKAGES)) pytest --editable .
 	$(if $(filter triton%,$(PACKAGES)),$(OTHER)/bin/python -m pip install --quiet --upgrade --no-deps $(filter triton%,$(PACKAGES)))
-	$(OTHER)/bin/python -m pytest tests/core/test_backend.py tests/core/test_compile.py \
-		tests/core/test_dynamic_sizes.py tests/layers/test_layer_programs.py $(ARGS)
-ifneq ($(findstring triton,$(PACKAGES)),)
-	TRITON_INTERPRET=1 $(OTHER)/bin/python -m pytest tests/interpreter -m "not slow" $(ARGS)
-endif
+	status=0; \
+	$(OTHER)/bin/python -m pytest --junitxml=$(OTHER)/1.xml tests/ops/test_every_operator.py tests/core/test_backend.py \
+		tests/core/test_compile.py tests/core/test_dynamic_sizes.py tests/layers/test_layer_programs.py $(ARGS) || status=1; \
+	$(if $(filter triton%,$(PACKAGES)),TRITON_INTERPRET=1 $(OTHER)/bin/python -m pytest --junitxml=$(OTHER)/2.xml \
+		tests/interpreter -m "not slow" $(ARGS) || status=1;) \
+	$(OTHER)/bin/python -m bench.compatibility $(OTHER)/*.xml; \
+	exit $$status
 
 bench: compiler $(BUILT) $(TOOLS) ## run the quick benchmarks, fail on a regression in two processes
 	$(GATE) $(ARGS) || $(GATE) --last-failed $(ARGS)

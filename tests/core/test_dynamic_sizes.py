@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
@@ -168,9 +169,9 @@ def test_two_graphs_serve_all_sizes(name: str, training: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["swapped", "sparse", "GShardGate", "pairs with losses"])
-def test_code_of_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._inductor.config.patch(fallback_random=True)
+def test_code_of_inductor(name: str) -> None:
     """torch.compile with its defaults, but with the random numbers of eager mode."""
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)
     model = MODELS[name]()
     eager = Called(model)
     compiled: Any = torch.compile(eager)
