@@ -49,7 +49,7 @@ def prepare_modalities(
 
 def present_modalities(inputs: Sequence[Tensor | None], masks: Masks) -> Tensor | None:
     """Whether each sample has each modality, (B, M) bool; None if all samples have all modalities."""
-    complete = all(x is not None and x.shape[1] for x in inputs)
+    complete = all(x is not None and x.shape[1] > 0 for x in inputs)
     if complete and all(mask is None for mask in masks or ()):
         return None
     like = next(x for x in inputs if x is not None)
