@@ -29,12 +29,10 @@ from tests.support.refusals import assert_refused
 def test_rollouts_are_the_dense_products(
     case: LayerCase, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rollouts in blocks of all samples, several samples, a few queries and one query."""
+    """Rollouts in blocks of all samples and of a few queries."""
     for block, explains, readout in (
         (rollout.MAX_SCORES, "mixture", "tokens"),
-        (1000, "mixture", 0),
-        (40, "expert", "latent"),
-        (1, "expert", 1),
+        (40, "expert", 1),
     ):
         monkeypatch.setattr(rollout, "MAX_SCORES", block)
         exact = dense_rollout(case, torch.float64, method, explains, readout)
@@ -67,11 +65,7 @@ def test_rollouts_keep_small_differences_in_float32(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS[:2])
-@pytest.mark.parametrize("block", [rollout.MAX_SCORES, 40])
-def test_the_readout_of_all_rows_is_the_published_one(
-    method: str, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rollout, "MAX_SCORES", block)
+def test_the_readout_of_all_rows_is_the_published_one(method: str) -> None:
     for case in (CASES[0], CASES[3]):
         layer, inputs, masks = call_of(case, torch.float64)
         # The published code sums over the experts; its attention rollouts are weighted.
@@ -248,15 +242,11 @@ def test_errors() -> None:
         ({"method": "saliency"}, "method: expected one of attention_rollout"),
         ({"explains": "all"}, "explains: expected one of mixture, expert"),
         ({"readout": "cls"}, "readout: expected one of tokens, latent"),
-        ({"readout": 2}, "readout: expected an int from 0 to 1"),
         ({"target": 4}, "target: expected an int from 0 to 3"),
         ({"target": torch.tensor([0, 1, 9])}, "target: expected values from 0 to 3"),
-        ({"target": torch.full((3, 4), 2)}, "target: expected labels 0 and 1 only"),
         ({"target": torch.zeros(3, 5)}, r"target: expected \(B, C\) = \(3, 4\)"),
         ({"target": torch.zeros(3).long(), "multi_label": True}, "target: with multi_label"),
-        ({**path, "rule": "simpson"}, "rule: expected one of midpoint"),
         ({**path, "n_steps": 0}, "n_steps: expected an int from 1"),
-        ({**path, "max_batch": 0}, "max_batch: expected an int from 1"),
         ({**path, "baseline": [torch.zeros(16)]}, "baseline: expected 2 Tensors"),
     ]
     for options, message in wrong:
@@ -265,7 +255,6 @@ def test_errors() -> None:
     layer.eval()
     narrow, linear = [x[..., :8] for x in inputs], Weighted((5, 3), 4, 3).eval()
     assert_refused(lambda: attribute(layer, narrow), r"inputs\[0\]: expected \(batch, tokens, 16\)")
-    assert_refused(lambda: attribute(layer, [x[:0] for x in inputs]), "at least one sample")
     assert_refused(
         lambda: attribute(linear, inputs), "TypeError: .* InteractionMoE or its reference"
     )
@@ -273,5 +262,3 @@ def test_errors() -> None:
     assert_refused(lambda: attribute(constant, inputs, **path), "logits with a gradient")
     found = attribute(layer, inputs, masks)
     assert_refused(lambda: found.of("shared"), "expert: expected one of unique_0")
-    assert_refused(lambda: found.of(4), "expert: expected an int from 0 to 3")
-    assert_refused(lambda: found.normalized(exempt=[2]), "exempt: expected an int from 0 to 1")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
-import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,6 @@ from flmoe_kernels.explain import (
     pair_masking,
     probe_pairs,
 )
-from flmoe_kernels.explain.estimators import checkpoint as checkpoint_module
 from flmoe_kernels.explain.report import command, pictures
 from flmoe_kernels.explain.report.request import Request
 from flmoe_kernels.published.convert import load_layer
@@ -154,29 +151,6 @@ def test_page_is_complete_safe_and_self_contained(made: Made) -> None:
     assert html.escape("' onload='") in text
 
 
-def test_an_interrupted_run_continues_with_the_same_results(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save = checkpoint_module.Checkpoint.save
-
-    def save_and_stop(self: Any) -> None:
-        save(self)
-        if self.path.name == "sample_00001.npz":
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as stopping:
-        stopping.setattr(checkpoint_module, "SAVING_SHARE", math.inf)
-        stopping.setattr(checkpoint_module.Checkpoint, "save", save_and_stop)
-        assert command.main(request(made, tmp_path)) == command.INTERRUPTED
-    [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("interrupted")]
-    assert "without results" in line
-    assert str(tmp_path / "checkpoints") in line
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints"}
-    assert command.main(request(made, tmp_path)) == 0
-    for name in ("explanation.json", "index.html", "sample_00001_SII_network.png"):
-        assert (tmp_path / name).read_bytes() == (made[2] / name).read_bytes()
-
-
 def one_line(errors: str) -> str:
     [line] = [x for x in errors.splitlines() if x.startswith("error: ")]
     return line
@@ -203,19 +177,13 @@ def test_a_missing_extra_is_reported_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_quick_command_in_a_new_process(made: Made, tmp_path: Path) -> None:
+def test_quick_command(made: Made, tmp_path: Path) -> None:
     options = ["--checkpoint", made[0], "--data", made[1], "--out", tmp_path / "out", "--quick"]
     options += ["--modality-names", "text, image", "--class-names", "a,b,grey dog,d", "--force"]
-    done = subprocess.run(
-        [sys.executable, "-m", "flmoe_kernels", "explain", *map(str, options), "--target", "2"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    # The only line; there is no bar where standard error is no terminal.
-    assert re.fullmatch(r"warning: .*does not store num_heads and temperature.*\n", done.stderr)
+    with pytest.warns(UserWarning, match="does not store num_heads and temperature"):
+        done = CliRunner().invoke(app, ["explain", *map(str, options), "--target", "2"])
+    assert done.exit_code == 0, done.stderr
+    assert not done.stderr, "there is no bar where standard error is no terminal"
     assert "index.html" in done.stdout
     found = report_of(tmp_path / "out")
     assert found["request"]["budget"] == 256
@@ -235,39 +203,22 @@ VARIANTS: dict[str, tuple[LayerCase, Arrays, dict[str, Any]]] = {
         {"labels": np.array([[1, 0, 1], [0, 0, 0]])},
         {"fill": "drop", "pairs": "all", "attribution": "integrated_gradients", "samples": 1},
     ),
-    "screened pairs": (
-        LayerCase((9, 8), batch=1, dim=8, heads=4, layers=1, classes=3),
-        {},
-        {"pairs": "screened", "samples": 1},
-    ),
     "routed MLPs, a padded modality": (
         LayerCase((4, 3), batch=2, dim=8, heads=4, layers=2, classes=3, gate="GShardGate"),
         {"masks_1": np.array([[False] * 3, [True] * 3])},
         {"attribution": "attention_rollout", "repeats": 0},
     ),
-    "one class": (LayerCase((3, 2), batch=2, dim=8, heads=4, layers=1, classes=1), {}, {}),
+    "one class, screened pairs": (
+        LayerCase((9, 8), batch=1, dim=8, heads=4, layers=1, classes=1),
+        {},
+        {"pairs": "screened", "samples": 1},
+    ),
     "one label": (
         LayerCase((3, 2), batch=2, dim=8, heads=4, layers=1, classes=1),
         {"labels": np.array([[1], [0]])},
-        {},
+        {"exempt": (0,), "samples": 1},
     ),
 }
-
-
-def test_the_first_token_of_an_exempt_modality_is_never_masked(
-    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command.main(request(made, tmp_path, exempt=(0,))) == 0
-    found = report_of(tmp_path)
-    assert found["request"]["exempt"] == [0]
-    call = call_of(made[0])
-    attribution = attribute(*call, target=TARGET)
-    drops = faithfulness(*call, attribution, n_random=2, seed=5, exempt=[0])
-    mine, other = (repr(drops_in(out, "faithfulness").rows()) for out in (tmp_path, made[2]))
-    assert mine == repr(drops.rows()) != other
-    assert drops_in(tmp_path, "pair_masking_SII").settings["exempt"] == [0]
-    assert command.main(request(made, tmp_path / "other", exempt=(2,))) == 2
-    assert "exempt: expected an int from 0 to 1, got 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -282,6 +233,7 @@ def test_other_layers_and_data(name: str, tmp_path: Path) -> None:
     assert len(Attribution.load(out / "attribution.npz").mixture) == len(case.lengths)
     text = html.unescape((out / "index.html").read_text(encoding="utf-8"))
     assert text.count("<img") == len(list(out.glob("*.png")))
+    assert found["request"]["exempt"] == drops.settings["exempt"] == [*options.get("exempt", ())]
     if "image_0" in more:
         # Each image is shown once; its patches are columns.
         names = {path.name for path in out.glob("sample_00000_*_[01]_[01].png")}
@@ -296,7 +248,7 @@ def test_other_layers_and_data(name: str, tmp_path: Path) -> None:
         assert drops.curve().random.isnan().all()
         assert drops.notes[-1].endswith("at least 16 samples with maskable tokens, got 2")
     # The probability of a single class is always 1, except for several labels per sample.
-    logit = name == "one class"
+    logit = name == "one class, screened pairs"
     assert drops.metrics == (("logit",) if logit else ("prob", "log_prob", "logit"))
     shown = "logit" if logit else "probability"
     assert f"attribution changes the {shown} of the explained class" in text

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections import Counter
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -19,7 +17,6 @@ from flmoe_kernels import PairInteractionMoE
 from flmoe_kernels.explain.attribution.attribute import attribute
 from flmoe_kernels.explain.attribution.targets import METRICS, resolve_targets
 from flmoe_kernels.explain.estimators.interactions import shapley_interactions
-from flmoe_kernels.explain.games.tokens import percent_counts
 from flmoe_kernels.explain.masking.drops import KINDS
 from flmoe_kernels.explain.masking.faithfulness import faithfulness, pair_masking
 from tests.support.explain_layers import call_of
@@ -133,13 +130,6 @@ def test_random_sets_are_uniform() -> None:
         assert len(counts) == 10
         # Chi-squared with 9 degrees of freedom exceeds 45 once in a million.
         assert sum((n - 200) ** 2 / 200 for n in counts.values()) < 45
-
-
-def test_percentages_with_many_digits() -> None:
-    """Times many tokens, they exceed 64 bits."""
-    for percent, n in itertools.product((100 / 7, 100 / 3, 1 / 3, 1e-30), (8192, 100_000)):
-        expected = math.ceil(n * Fraction(str(percent)) / 100)
-        assert int(percent_counts(torch.ones(1, n, dtype=torch.bool), percent)) == expected
 
 
 def attributions() -> list[Tensor]:
@@ -280,24 +270,13 @@ def test_errors() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"budgets": []}, "budgets: expected a list"),
         ({"budgets": [0]}, "budgets: expected percentages above 0 up to 100, got 0"),
-        ({"budgets": [5, 101]}, "budgets: expected percentages .* got 101"),
         ({"budgets": [10, 5]}, "budgets: expected increasing numbers"),
-        ({"budgets": ["5"]}, "TypeError: budgets: expected numbers, got str"),
         ({"metrics": ["accuracy"]}, "metrics: expected one of prob, log_prob, logit"),
-        ({"metrics": ["prob", "prob"]}, "metrics: expected no duplicates"),
-        ({"metrics": "prob"}, r"metrics: expected a tuple of .*, such as \('logit',\), got 'prob'"),
-        ({"metrics": ()}, r"metrics: expected some of prob, log_prob, logit, got \(\)"),
-        ({"metrics": 5}, "metrics: expected some of prob, log_prob, logit, got 5"),
         ({"fill": "noise"}, "fill: expected one of zero, mean, drop"),
         ({"fill": "mean"}, "baseline: expected 2 Tensors"),
         ({"exempt": [2]}, "exempt: expected an int from 0 to 1"),
-        ({"exempt": [1, 1]}, "exempt: expected distinct modalities"),
         ({"expert": 4}, "expert: expected an int from 0 to 3"),
-        ({"n_random": -1}, "n_random: expected an int from 0"),
-        ({"seed": -1}, "seed: expected an int from 0"),
-        ({"max_batch": 0}, "max_batch: expected an int from 1"),
         ({"target": 3}, "target: expected an int from 0 to 2"),
-        ({"attributions": values[:1]}, "attributions: expected 2 Tensors"),
         ({"attributions": values[::-1]}, r"attributions\[0\]: expected \(B, L_m\) = \(4, 7\)"),
         ({"attributions": with_nan}, r"attributions\[0\]: expected finite values"),
     ]
@@ -314,10 +293,7 @@ def test_errors() -> None:
     pair_errors: list[tuple[Any, str]] = [
         ([[]] * 3, "pairs: expected a list for each of 4 samples, got 3"),
         ([[((0, 7), (1, 0))], [], [], []], r"pairs\[0\]: expected valid tokens, got .* \(0, 7\)"),
-        ([[], [((0, -1), (1, 0))], [], []], r"pairs\[1\]: expected valid tokens"),
-        ([[((0, 1, 2), (1, 0, 2))], [], [], []], r"pairs\[0\]: expected a list of .* \(1, 2, 3\)"),
         ([[((0, 1), (1, 0)), ((0, 1),)], [], [], []], r"pairs\[0\]: expected an array of integers"),
-        ([None] * 4, r"pairs\[0\]: expected a list of .* got object \(\)"),
         ([[], [((0, 1), (0, 1))], [], []], r"pairs\[1\]: expected pairs of two .* \(0, 1\) twice"),
     ]
     masking = partial(pair_masking, layer, inputs, masks)

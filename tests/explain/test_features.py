@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import re
-import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from flmoe_kernels.core import files
 from flmoe_kernels.explain.report.features import FeatureError, load_features
 from tests.support.explain_files import Arrays, Trap, full_arrays, write_data
 
@@ -27,7 +23,6 @@ BAD_ARRAYS: list[tuple[Arrays, str]] = [
     ({"inputs_1": None}, r"inputs_1: expected \(samples, tokens, 8\), got none"),
     ({"inputs_0": X[:, :, :7]}, r"inputs_0: .* \(samples, tokens, 8\), got float32 \(3, 5, 7\)"),
     ({"inputs_1": X[:2]}, r"inputs_1: expected floats \(3, tokens, 8\), got float32 \(2, 5, 8\)"),
-    ({"inputs_0": X.astype(int)}, "inputs_0: expected floats .* got int64"),
     ({"inputs_0": WRONG}, "inputs_0: expected finite valid tokens, .* in sample 2"),
     ({"inputs_2": X}, "inputs_2: expected inputs_0 .. inputs_1"),
     ({"input_0": X}, "input_0: expected inputs_0 .. inputs_1, .* and labels$"),
@@ -35,16 +30,8 @@ BAD_ARRAYS: list[tuple[Arrays, str]] = [
     ({"masks_0": np.full((3, 5), 2)}, "masks_0: expected 0 and 1 only"),
     (NO_TOKENS, r"masks_\*: expected a valid token in sample 1"),
     ({"labels": np.array([0, 4, 1])}, "labels: expected classes from 0 to 3, got 0 to 4"),
-    ({"labels": np.array([0.0, 1, 1])}, "labels: expected integers .* got float64"),
     ({"labels": np.ones((3, 5))}, r"labels: expected bool or 0/1 \(3, 4\)"),
     ({"tokens_0": X[:, :, 0]}, r"tokens_0: expected unicode strings \(3, 5\), got float32"),
-    (
-        {"tokens_0": np.array([["\ud800"] * 5] * 3)},
-        "tokens_0: .* text, got .* surrogates not allowed",
-    ),
-    ({"tokens_0": np.array([[None] * 5] * 3)}, "tokens_0: .* plain array"),
-    ({"image_1": np.zeros((2, 4, 4))}, r"image_1: expected \(3, H, W\) or"),
-    ({"image_1": np.full((3, 4, 4), 7.0)}, "image_1: image: expected floats from 0 to 1"),
     ({"image_0": np.zeros((3, 4, 4))}, "image_0: expected a square of patches, got 5 tokens"),
 ]
 
@@ -91,64 +78,7 @@ def test_padding_may_have_any_values(tmp_path: Path) -> None:
     assert found.first(9).lengths == (5, 9)
 
 
-def test_names_cannot_send_terminal_codes(tmp_path: Path) -> None:
-    path = write_data(tmp_path, {**full_arrays(), "x\x1b[2J\n": X})
-    with pytest.raises(FeatureError, match=r": x \[2J : expected inputs_0") as caught:
-        load_features(path, 2, 8, 4, torch.float32)
-    assert str(caught.value).isprintable()
-
-
-def header(shape: tuple[int, ...], dtype: str = "<f4") -> bytes:
-    """An .npy file of 64 bytes whose header states a larger array."""
-    file = io.BytesIO()
-    about = {"descr": dtype, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, about)
-    return file.getvalue() + bytes(64)
-
-
-def npy(array: Any) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
-BEYOND = npy(np.full((3, 5), 0x7FFFFFFF, dtype="<u4")).replace(b"'<u4'", b"'<U1'")
-FORGED: dict[str, tuple[str, bytes]] = {
-    "larger than memory": ("inputs_0", header((10**13,))),
-    "more than there is": ("inputs_0", header((10**6,))),
-    "beyond 64 bits": ("inputs_0", header((10**30,))),
-    "negative": ("inputs_0", header((-5,))),
-    "cut": ("inputs_0", npy(X)[:-100]),
-    "no header": ("inputs_0", b"inputs"),
-    "no characters": ("tokens_0", BEYOND),
-}
-
-
-@pytest.mark.parametrize("kind", FORGED)
-def test_forged_arrays_are_refused(kind: str, tmp_path: Path) -> None:
-    name, content = FORGED[kind]
-    with zipfile.ZipFile(tmp_path / "data.npz", "w") as file:
-        for other in ("inputs_0", "inputs_1"):
-            file.writestr(f"{other}.npy", content if other == name else npy(X))
-        if name not in ("inputs_0", "inputs_1"):
-            file.writestr(f"{name}.npy", content)
-    with pytest.raises(FeatureError, match=f"{name}: expected"):
-        load_features(tmp_path / "data.npz", 2, 8, 4, torch.float32)
-
-
-def test_an_archive_that_unpacks_beyond_memory_is_not_unpacked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "data.npz"
-    np.savez_compressed(path, **full_arrays(), inputs_2=np.zeros(10**6))
-    assert path.stat().st_size < 10**5
-    monkeypatch.setattr(files, "available_bytes", lambda device: 10**6)
-    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", None)
-    with pytest.raises(OSError, match=r"expected at most 1000000 bytes, .*, got 80"):
-        load_features(path, 2, 8, 4, torch.float32)
-
-
-@pytest.mark.parametrize("kind", ["objects", "pickle", "array", "forged array", "text", "torn"])
+@pytest.mark.parametrize("kind", ["objects", "pickle", "array", "text", "torn"])
 def test_other_files_are_refused_and_nothing_is_unpickled(kind: str, tmp_path: Path) -> None:
     path, trap = tmp_path / "data.npz", tmp_path / "unpickled"
     danger = np.array([Trap(trap)], dtype=object)
@@ -159,14 +89,12 @@ def test_other_files_are_refused_and_nothing_is_unpickled(kind: str, tmp_path: P
     elif kind == "array":
         with path.open("wb") as file:
             np.save(file, X)
-    elif kind == "forged array":
-        path.write_bytes(header((10**13,)))
     elif kind == "text":
         path.write_text("inputs_0")
     else:
         np.savez(path, **full_arrays())
         path.write_bytes(path.read_bytes()[:-200])
-    message = "single array; use numpy.savez" if "array" in kind else r"expected|damaged"
+    message = "single array; use numpy.savez" if kind == "array" else r"expected|damaged"
     with pytest.raises(FeatureError, match=message) as caught:
         load_features(path, 2, 8, 4, torch.float32)
     assert "\n" not in str(caught.value)

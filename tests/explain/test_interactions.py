@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,7 @@ import torch
 
 from flmoe_kernels.explain import (
     PairValues,
-    Sampling,
     probe_pairs,
-    redundancy_gap,
     shapley_interactions,
 )
 from tests.support.explain_games import as_array, by_definition, first_of, interaction_layer
@@ -21,7 +18,6 @@ from tests.support.explain_masking import masked_logits
 from tests.support.inputs import draw_masks
 from tests.support.layers import LayerCase
 from tests.support.pair_layers import DIMS, pair_inputs, pair_layer
-from tests.support.refusals import assert_refused
 
 BOTH = ("SII", "RG")
 
@@ -101,15 +97,6 @@ def test_pair_layers_are_routed_to_the_closed_form() -> None:
     assert (both["SII"].method, both["RG"].method) == ("closed_form", "exact")
 
 
-def test_a_closed_form_game_runs_the_layer_once() -> None:
-    layer, asked = pair_layer(DIMS), []
-    layer.register_forward_hook(lambda *_: asked.append(1))
-    options: Any = {"method": "sampling", "sampling": Sampling(budget=5000)}
-    [first, _] = redundancy_gap(layer, pair_inputs((3, 2, 2)), **options)
-    assert not asked
-    assert first.evaluations > 200
-
-
 def test_pruning_keeps_the_index_and_says_so() -> None:
     case = LayerCase(lengths=(4, 5))
     layer, x = interaction_layer(case), case.inputs(torch.float64)
@@ -130,28 +117,6 @@ def test_pruning_keeps_the_index_and_says_so() -> None:
         )
         assert other.candidates == "all pairs"
     assert {type(each) for each in pruned} == {PairValues}
-
-
-def test_errors_of_later_samples_are_reported_before_any_work() -> None:
-    asked = []
-
-    def model(inputs: Any, masks: Any) -> torch.Tensor:
-        asked.append(len(inputs[0]))
-        return inputs[0].sum(dim=1)
-
-    x, masks = [torch.ones(2, 4, 3)], [torch.tensor([[True] * 4, [True] * 2 + [False] * 2])]
-    whole, holed = torch.ones(2, 4), torch.ones(2, 4)
-    holed[1, 0] = torch.nan
-    for options, message in (
-        ({"pairs": [((0, 0), (0, 3))]}, r"pairs: expected valid tokens, got .* \(0, 3\)"),
-        ({"top": 1, "scores": [holed]}, r"scores\[0\]: expected finite scores"),
-        ({"top": 1, "scores": [whole[:1]]}, r"scores\[0\]: expected \(2, tokens\), got \(1, 4\)"),
-        ({"top": 1, "scores": [whole.repeat(2, 1)]}, r"scores\[0\]: expected \(2, tokens\)"),
-    ):
-        assert_refused(partial(probe_pairs, model, x, masks, target=0, **options), message)
-    assert not asked
-    probe_pairs(model, x, masks, target=0, top=2, scores=[whole])
-    assert asked
 
 
 def test_too_few_tokens() -> None:

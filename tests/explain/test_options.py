@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import types
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +15,7 @@ from typer.testing import CliRunner
 
 from flmoe_kernels.cli.main import app
 from flmoe_kernels.explain.report import command
-from flmoe_kernels.explain.report.findings import Findings, targets_of
+from flmoe_kernels.explain.report.findings import targets_of
 from flmoe_kernels.explain.report.request import Request
 from tests.support.explain_files import full_arrays, write_checkpoint, write_data
 from tests.support.refusals import assert_refused
@@ -42,33 +40,12 @@ def test_targets() -> None:
     assert_refused(lambda: found("label", None), "target: expected labels in the file")
 
 
-def test_token_names_are_one_short_line() -> None:
-    tokens = np.array([["a" * 5000, "x\x00\x1b\n\u202ey", "<b>&"]])
-    features = types.SimpleNamespace(tokens=[tokens, None])
-    request = types.SimpleNamespace(modality_names=None)
-    findings: Any = types.SimpleNamespace(features=features, request=request)
-    token_name = functools.partial(Findings.token_name, findings)
-    assert token_name(0, 0, 0) == f"0:0 \u201c{'a' * 99}\u2026\u201d"
-    assert token_name(0, 0, 1) == "0:1 \u201cx    y\u201d"
-    # The table escapes the text.
-    assert token_name(0, 0, 2) == "0:2 \u201c<b>&\u201d"
-    assert token_name(0, 1, 7) == "1:7"
-
-
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--samples", "0", "samples: expected an int from 1, got 0"),
-        ("--attribution", "guess", "attribution: expected one of attention_rollout"),
-        ("--method", "closed_form", "method: expected one of auto, exact, sampling"),
         ("--pairs", "some", "pairs: expected one of across, all"),
-        ("--target", "-1", "target: expected label, predicted or a class, got '-1'"),
         ("--target", "4", "target: expected a class from 0 to 3, got 4"),
-        ("--fill", "noise", "fill: expected one of zero, mean, drop"),
-        ("--seed", "-1", "seed: expected an int from 0"),
         ("--budget", "3", "budget: expected at least"),
-        ("--heads", "3", "layer.pt"),
-        ("--checkpoint", "none.pt", "none.pt"),
         ("--data", "none.npz", "none.npz: cannot be read: No such file or directory"),
         ("--data", "layer.pt", "layer.pt: "),
         ("--out", "layer.pt", "layer.pt: expected a folder, got a file"),
@@ -123,7 +100,7 @@ def test_results_are_replaced_only_with_force_and_other_files_stay(
         assert command.main(Request(*files, out, **quick | wrong), force=True) == 2
         assert names(out) == OTHERS | OLD
     with monkeypatch.context() as failing:
-        failing.setattr(command, "page", interrupted)
+        failing.setattr(command, "draw", interrupted)
         assert command.main(request, force=True) == command.INTERRUPTED
     assert names(out) == OTHERS | OLD | {PROGRESS}
     assert command.main(request, force=True) == 0
@@ -131,10 +108,3 @@ def test_results_are_replaced_only_with_force_and_other_files_stay(
     assert OTHERS | {"index.html", "sample_00000_SII.npz"} <= first
     assert not {PROGRESS, "sample_00009_SII_0_1.png"} & first
     assert {(out / other).read_text() for other in OTHERS} == {"mine"}
-
-
-def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
-    write(tmp_path, "out")
-    request = Request(tmp_path / "layer.pt", tmp_path / "data.npz", tmp_path / "out")
-    with pytest.raises(NotADirectoryError, match="expected a folder, got a file"):
-        command.run(request, force=True)

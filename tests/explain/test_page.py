@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,6 @@ pytest.importorskip("matplotlib")
 from flmoe_kernels.explain import PairValues
 from flmoe_kernels.explain.report.features import Features
 from flmoe_kernels.explain.report.findings import Findings
-from flmoe_kernels.explain.report.page import page
-from flmoe_kernels.explain.report.pictures import draw
 from flmoe_kernels.explain.report.request import Request
 from flmoe_kernels.explain.report.sentences import interaction, of_sample, overall
 from tests.support.explain_results import attribution, masking_drops, pair_values
@@ -123,30 +119,3 @@ def test_one_sentence_of_all_samples(weights: Any, expected: str, samples: int) 
     assert sentence.endswith(
         "(not distinguishable from random tokens)." if samples == 16 else "unknown)."
     )
-
-
-def test_page_shows_notes_names_and_unknown_errors() -> None:
-    note = "the choice of the top 1 tokens of modality 1 is not distinguishable: 1 left out"
-    found = findings(pair_values(standard_errors=np.full(4, np.nan), notes=(note,)), **NAMES)
-    text = page(found, draw(found), ["attribution.npz"])
-    body = text.partition("<body>")[2]
-    places = [
-        body.index(part)
-        for part in (html.escape(overall(found)), 'id="sample_0"', "Parameters", "attribution.npz")
-    ]
-    assert places == sorted(places)
-    assert not re.search(r"<(?:b|i|u)>", text)
-    for name in ("unique_text", "text:1", "image &lt;b&gt;:1", "“&lt;i&gt;dog”"):
-        assert name in text, name
-    words = html.unescape(text)
-    assert words.count(f"note: {note}") == 1
-    assert "no standard errors: expected at least 16 samples with maskable tokens, got 1" in words
-    [table] = re.findall(r"<caption>Top pairs.*?</table>", words, re.DOTALL)
-    assert table.count("(?)") == 8
-
-
-@pytest.mark.parametrize(("name", "count"), [("modality_names", 2), ("class_names", 3)])
-def test_names_need_to_fit_the_layer(name: str, count: int) -> None:
-    options: dict[str, Any] = {name: ("a",)}
-    with pytest.raises(ValueError, match=f"{name}: expected {count} names for this layer, got 1"):
-        Request(Path("a"), Path("b"), Path("c"), **options).require_counts(2, 3)

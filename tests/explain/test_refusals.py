@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from flmoe_kernels.explain import (
     Run,
     Sampling,
-    TokenGame,
     attribute,
     faithfulness,
     pair_masking,
     redundancy_gap,
     shapley_interactions,
-    token_means,
 )
 from tests.support.explain_games import interaction_layer
 from tests.support.layers import LayerCase
@@ -187,69 +185,6 @@ def test_labels_may_be_arrays() -> None:
     expected = attribute(layer, INPUTS, target=labels)
     for other in (labels.numpy(), labels.tolist(), labels.bool().numpy()):
         assert torch.equal(attribute(layer, INPUTS, target=other).targets, expected.targets)
-
-
-def test_a_game_takes_any_integer() -> None:
-    layer = interaction_layer(CASE)
-    for target in (np.int32(2), torch.tensor(2)):
-        assert TokenGame(layer, INPUTS, target=target).target == 2
-    with pytest.raises(TypeError, match="target: expected an int or None, got list"):
-        TokenGame(layer, INPUTS, target=[2])
-
-
-def test_huge_counts() -> None:
-    """They are refused with the largest possible number, or have the effect of the largest useful one."""
-    layer, huge = interaction_layer(CASE), 10**30
-    with pytest.raises(ValueError, match=r"n_steps: expected an int from 1 to 4096, got 10{30}"):
-        attribute(layer, INPUTS, method="integrated_gradients", n_steps=huge)
-    for name in ("faithfulness", "pair masking"):
-        for count in (10**12, huge):
-            message = r"n_random: expected an int from 0 to \d+, which is"
-            assert_refused(partial(CALLS[name], layer, INPUTS, n_random=count), message)
-        message = r"seed: expected an int from 0 to 18446744073709551615"
-        assert_refused(partial(CALLS[name], layer, INPUTS, seed=huge), message)
-        CALLS[name](layer, INPUTS, seed=2**64 - 1, max_batch=huge)
-    CALLS["integrated gradients"](layer, INPUTS, max_batch=huge)
-    wide = shapley_interactions(
-        layer, INPUTS, scores=SCORES, top=huge, sampling=Sampling(huge), run=Run(max_batch=huge)
-    )
-    every = shapley_interactions(layer, INPUTS)
-    for one, other in zip(wide, every, strict=True):
-        assert one.values.tolist() == other.values.tolist()
-        assert one.candidates == "all pairs of the 5 tokens of largest |score| in each modality"
-        assert len(one.top(huge)) == len(one.ranked(huge)) == len(other)
-        assert one.table(huge).count("\n") == len(other) + 1
-    masked = CALLS["pair masking"](layer, INPUTS, budgets=(4, huge))
-    assert masked.masked.tolist() == [[4, 4]] * 2
-
-
-@pytest.mark.parametrize("exempt", [0, None, np.array(0), iter([0])])
-def test_exempt_is_a_sequence(exempt: Any) -> None:
-    layer = interaction_layer(CASE)
-    calls: list[Callable[[], Any]] = [
-        lambda: CALLS["faithfulness"](layer, INPUTS, exempt=exempt),
-        lambda: CALLS["pair masking"](layer, INPUTS, exempt=exempt),
-        lambda: token_means([(INPUTS, None)], exempt=exempt),
-        lambda: attribute(layer, INPUTS).normalized(exempt=exempt),
-    ]
-    message = r"exempt: expected a sequence of modalities, such as \(0,\), got "
-    for call in calls:
-        with pytest.raises(TypeError, match=message + type(exempt).__name__):
-            call()
-
-
-@pytest.mark.parametrize("function", [shapley_interactions, redundancy_gap])
-def test_an_unknown_option_is_named_with_the_function_that_was_called(function: Any) -> None:
-    hints = {
-        "budget": r"; pass sampling=Sampling\(budget=...\)$",
-        "progress": r"; pass run=Run\(progress=...\)$",
-        "indices": "$",
-        "other": "$",
-    }
-    for name, hint in hints.items():
-        start = rf"^{function.__name__}\(\) got an unexpected keyword argument '{name}'"
-        with pytest.raises(TypeError, match=start + hint):
-            function(interaction_layer(CASE), INPUTS, **{name: 1})
 
 
 def test_numbers_of_numpy_can_be_saved(tmp_path: Path) -> None:

@@ -13,10 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from flmoe_kernels.explain import Sampling, TokenGame, probe_game
-from flmoe_kernels.explain.estimators import regression, strata, surrogate
+from flmoe_kernels.explain.estimators import regression, surrogate
 from flmoe_kernels.explain.estimators.indices import LINEAR
-from flmoe_kernels.explain.estimators.kernel import Kernel
-from flmoe_kernels.explain.estimators.polynomial import AND, PRODUCT
 from flmoe_kernels.explain.games.coalitions import all_pairs, unpack
 from tests.support.explain_games import (
     Planted,
@@ -69,15 +67,13 @@ def test_indices_agree_with_shapiq(index: str) -> None:
     assert float(np.abs(found.values).max()) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("antithetic", "budget", "rows"), [(True, 60, 16384), (True, 60, 20), (False, 80, 16384)]
-)
+@pytest.mark.parametrize(("antithetic", "budget", "rows"), [(True, 60, 20), (False, 60, 16384)])
 def test_no_bias_for_a_game_without_structure(
     antithetic: bool, budget: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mean over seeds, with a first part; control: the fitted polynomial alone is biased."""
     monkeypatch.setattr(regression, "_ROWS_FIT", rows)  # also fits to a part of the units
-    game, pairs, runs = random_game(7, seed=5), [(0, 1), (2, 5), (3, 6)], 50
+    game, pairs, runs = random_game(7, seed=5), [(0, 1), (2, 5), (3, 6)], 25
     monkeypatch.setattr(regression, "_LEAST_FIRST", 4)
     monkeypatch.setattr(surrogate, "_dictionaries", lambda data: iter(()))  # to save time
     monkeypatch.setattr(surrogate, "_fits_kernel", lambda data: False)
@@ -102,15 +98,14 @@ def layered(players: int, seed: int) -> Planted:
     return tabled(table(game, players), players)
 
 
-@pytest.mark.parametrize("budget", [150, 400])
 @pytest.mark.parametrize(
     "game",
     [layered(10, 1), unanimity(random_terms(10, 40, 6, seed=1), 10)],
     ids=["layered", "unanimity"],
 )
-def test_intervals_cover(game: Planted, budget: int) -> None:
+def test_intervals_cover(game: Planted) -> None:
     """95% intervals of pairs and players; control: intervals of a third of the width do not."""
-    options: dict[str, Any] = {"budget": budget, "design": "regression"}
+    options: dict[str, Any] = {"budget": 150, "design": "regression"}
     deviation, error, _ = deviations(game, None, ["SII"], 8, **options)["SII"]
     assert (np.abs(deviation) <= 1.96 * error).mean() >= 0.9
     assert (np.abs(deviation) <= 1.96 / 3 * error).mean() < 0.75
@@ -121,10 +116,10 @@ def test_intervals_cover(game: Planted, budget: int) -> None:
 
 
 def test_the_error_is_a_fraction_of_that_of_toggling() -> None:
-    game = layered(12, 3)
+    game = layered(10, 3)
     errors = {}
     for design in ("regression", "toggling"):
-        found = deviations(game, None, ["SII"], 4, budget=1024, design=design)["SII"][0]
+        found = deviations(game, None, ["SII"], 2, budget=512, design=design)["SII"][0]
         errors[design] = math.sqrt((found**2).mean())
     assert errors["regression"] < 0.4 * errors["toggling"]
 
@@ -146,18 +141,18 @@ def test_games_in_the_span_of_the_fit_are_exact(antithetic: bool) -> None:
 
 
 def test_tolerance_and_notes() -> None:
-    game = random_game(11, seed=2)
-    whole = sampled(game, "regression", budget=1600)
+    game = random_game(10, seed=2)
+    whole = sampled(game, "regression", budget=800)
     assert whole.stopped_by == "budget"
     tolerance = 4 * float(whole.standard_errors.max())
-    early = sampled(game, "regression", budget=1600, tolerance=tolerance)
+    early = sampled(game, "regression", budget=800, tolerance=tolerance)
     assert early.stopped_by == "tolerance"
     assert early.draws < 0.6 * whole.draws
     assert early.standard_errors.max() <= tolerance
-    # Half of the coalitions of a game without structure say little.
+    # Few of the coalitions of a game without structure say little.
     poor = sampled(game, "regression", budget=60)
     assert any("the budget is too small: zeros" in note for note in poor.notes)
-    assert not sampled(layered(11, 0), "regression", budget=1600).notes
+    assert not sampled(layered(10, 0), "regression", budget=800).notes
     with pytest.raises(ValueError, match=r"budget: expected at least \d+, got 12"):
         sampled(game, "regression", budget=12)
     with pytest.raises(ValueError, match=r"design: expected None or another design for RG"):
@@ -168,21 +163,19 @@ def test_tolerance_and_notes() -> None:
 
 def test_half_of_the_budget_is_for_each_design() -> None:
     game = layered(12, 3)
-    found = probe_game(game, sampling=Sampling(budget=3000))
+    found = probe_game(game, sampling=Sampling(budget=1500))
     assert (found["SII"].design, found["RG"].design) == ("regression", "toggling")
-    assert found["SII"].evaluations + found["RG"].evaluations == game.asked <= 3000
-    assert found["SII"].evaluations > 1400
-    # Few pairs of many players share their draws.
-    few = probe_game(unanimity({(0, 1): 1.0}, 30), [(0, 1), (3, 4)], sampling=Sampling(budget=500))
-    assert {x.design for x in few.values()} == {"toggling"}
+    assert found["SII"].evaluations + found["RG"].evaluations == game.asked <= 1500
+    assert found["SII"].evaluations > 700
     options: dict[str, Any] = {"indices": ["SII"], "sampling": Sampling(budget=1500)}
     # Two units of every size of 1000 players are more than the budget.
     row = probe_game(unanimity({(0, 1): 1.0}, 1000), [(0, j) for j in range(1, 96)], **options)
     assert row["SII"].design == "toggling"
 
 
-@pytest.mark.parametrize("players", [12, 20])
-@pytest.mark.parametrize(("constant", "slope"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1.0), (1e4, 1.0)])
+@pytest.mark.parametrize(
+    ("constant", "slope", "players"), [(0.1, 0.0, 12), (0.0, 1.0, 20), (1e4, 1.0, 12)]
+)
 def test_games_without_interactions(constant: float, slope: float, players: int) -> None:
     """Fits without residuals give no spread; their rounding errors are no sign of a small budget."""
     worth = slope * np.linspace(0.1, 3.0, players)
@@ -193,7 +186,7 @@ def test_games_without_interactions(constant: float, slope: float, players: int)
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("antithetic", [True, False])
-@pytest.mark.parametrize("players", [3, 4, 5])
+@pytest.mark.parametrize("players", [3, 4])
 def test_smallest_budgets(players: int, antithetic: bool) -> None:
     game = random_game(players)
     exact = probe_game(game, indices=["SII"], method="exact")["SII"].values
@@ -218,40 +211,3 @@ def test_ranks_agree_when_a_tolerance_is_reached() -> None:
 
     assert stopped(0.0) == "tolerance"
     assert stopped(1.0) == "budget"
-
-
-def test_allocation() -> None:
-    spread = np.array([4.0, 1.0, 2.0, 0.0])
-    found = strata.allocate(spread, [100, 100, 100, 100], 71, np.ones(4))
-    assert found.tolist() == [40, 10, 20, 1]
-    # What one cannot take goes to the others.
-    assert strata.allocate(spread, [12, 100, 100, 100], 43, np.ones(4)).tolist() == [12, 10, 20, 1]
-    assert strata.allocate(spread, [3, 3, 3, 3], 10**6, np.ones(4)).tolist() == [3, 3, 3, 3]
-
-
-@pytest.mark.parametrize("parity", [1, -1, 0])
-@pytest.mark.parametrize("kind", [PRODUCT, AND, "kernel"])
-def test_exact_sums_of_surrogates(kind: str, parity: int) -> None:
-    """Sums over all coalitions, by the formula and coalition by coalition."""
-    n, drawn = 6, np.random.default_rng(1)
-    inside = (np.arange(2**n)[:, None] >> np.arange(n)) & 1 == 1
-    size, weights = inside.sum(axis=1), drawn.normal(size=4)
-    fits: list[Any] = [Kernel(inside[[3, 17, 40, 63]], 0.3, parity)]
-    if kind == "kernel":
-        # The product over players by definition.
-        x, y = inside * 2.0 - 1.0, fits[0].points * 2.0 - 1.0
-        product, other = (np.prod(1 + 0.3 * sign * x[:, None] * y, axis=2) for sign in (1, -1))
-        own = (product + parity * other) / (1.3**n + parity * 0.7**n)
-        np.testing.assert_allclose(fits[0].predict(inside, weights), own @ weights, atol=1e-12)
-    else:
-        sets = [surrogate._sets(n, order)[:4] for order in range(1, 5)]
-        fits = [surrogate._terms(kind, n, parity, x, 2 * (kind == PRODUCT)) for x in sets]
-    for fit in fits:
-        tables = [drawn.normal(size=(n + 1, count)) for count in (2, 3)]
-        values = fit.predict(inside, weights) / np.array([math.comb(n, s) for s in size])
-        single, pair = fit.indices(weights, tables)
-        for i, j in itertools.combinations(range(n), 2):
-            one = (tables[0][size, inside[:, i] * 1] * values).sum()
-            two = (tables[1][size, inside[:, i] * 1 + inside[:, j]] * values).sum()
-            assert single[i] == pytest.approx(one, abs=1e-10)
-            assert [pair[i, j], pair[j, i]] == pytest.approx([two, two], abs=1e-10)

@@ -84,12 +84,12 @@ def test_an_interrupted_run_continues_and_only_its_last_batch_is_lost(
 ) -> None:
     """At any time the files have all earlier evaluations, even in the middle of a step."""
     model, x = Sum().eval(), tokens(2)
-    masks = [torch.arange(12) < torch.tensor([[7], [5]])] * 2
+    masks = [torch.arange(12) < torch.tensor([[6], [5]])] * 2
     asked: list[int] = []
     model.register_forward_hook(lambda _m, _i, out: asked.append(len(out)))
 
-    def call(folder: Path | None, max_batch: int = 128, **options: Any) -> Any:
-        request = {"target": 1, "method": method, "sampling": Sampling(budget=3000, seed=5)}
+    def call(folder: Path | None, max_batch: int = 64, **options: Any) -> Any:
+        request = {"target": 1, "method": method, "sampling": Sampling(budget=1000, seed=5)}
         run = Run(max_batch=max_batch, checkpoint=folder)
         return probe_pairs(model, x, masks, **{**request, **options}, run=run)
 
@@ -97,25 +97,24 @@ def test_an_interrupted_run_continues_and_only_its_last_batch_is_lost(
         return [{name: each.to_dict() for name, each in one.items()} for one in found]
 
     whole, total = call(None), sum(asked)
-    for batches in (7, 15, 30):
-        asked.clear()
-        attempts, folder = 0, tmp_path / f"{batches}"
-        while True:
-            hook = interrupted_after(batches, model)
-            try:
-                found = call(folder)
-                break
-            except Interrupted:
-                attempts += 1
-                asked.pop()  # the lost batch
-            finally:
-                hook.remove()
-        assert attempts >= 1
-        assert bits(found) == bits(whole)
-        # Every start takes, for each sample, a pass for its classes, and v(none) and v(all) as a check.
-        assert sum(asked) <= total + (attempts + 1) * 2 * 3
-        names = sorted(path.name for path in folder.iterdir())
-        assert names == ["sample_00000.npz", "sample_00001.npz"], "no temporary file is left"
+    asked.clear()
+    attempts, folder = 0, tmp_path
+    while True:
+        hook = interrupted_after(12 if method == "sampling" else 30, model)
+        try:
+            found = call(folder)
+            break
+        except Interrupted:
+            attempts += 1
+            asked.pop()  # the lost batch
+        finally:
+            hook.remove()
+    assert attempts >= 2
+    assert bits(found) == bits(whole)
+    # Every start takes, for each sample, a pass for its classes, and v(none) and v(all) as a check.
+    assert sum(asked) <= total + (attempts + 1) * 2 * 3
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["sample_00000.npz", "sample_00001.npz"], "no temporary file is left"
     # A finished run is read from its file and not repeated.
     asked.clear()
     assert bits(call(folder)) == bits(whole)
@@ -128,7 +127,7 @@ def test_an_interrupted_run_continues_and_only_its_last_batch_is_lost(
         {"pairs": "across"},
         {"indices": ("SII",)},
         {"output": "log_prob"},
-        {"sampling": Sampling(budget=3000, seed=6)} if method == "sampling" else {"target": 2},
+        {"sampling": Sampling(budget=1000, seed=6)} if method == "sampling" else {"target": 2},
     ):
         refused = partial(call, folder, **other)
         assert_refused(refused, r"sample_00000\.npz: belongs to another run")
@@ -164,7 +163,7 @@ def test_a_resumed_run_keeps_its_batches(tmp_path: Path, monkeypatch: pytest.Mon
         np.testing.assert_allclose(found.values, whole.values, rtol=0.01, atol=1e-3)
 
 
-@pytest.mark.parametrize("count", [6, 20])
+@pytest.mark.parametrize("count", [6, 12])
 def test_a_checkpoint_of_another_callable(tmp_path: Path, count: int) -> None:
     """A closure has no parameters; it is identified by its values for no tokens and for all tokens."""
     x = [torch.randn(1, count, 2)]
@@ -173,7 +172,7 @@ def test_a_checkpoint_of_another_callable(tmp_path: Path, count: int) -> None:
         def model(inputs: Any, masks: Any) -> Tensor:
             return scale * (inputs[0] * masks[0].unsqueeze(2)).sum(1)
 
-        run, sampling = Run(checkpoint=tmp_path), Sampling(budget=3000)
+        run, sampling = Run(checkpoint=tmp_path), Sampling(budget=1000)
         return probe_pairs(model, x, target=0, sampling=sampling, run=run)[0]["SII"]
 
     first = result(1.0)

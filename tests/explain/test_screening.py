@@ -47,7 +47,7 @@ def recall(found: PairValues, truth: NDArray[np.float64], count: int) -> float:
     return len(best & {*map(tuple, ranked)}) / count
 
 
-@pytest.mark.parametrize(("triples", "antithetic"), [(0, True), (0, False), (6, True)])
+@pytest.mark.parametrize(("triples", "antithetic"), [(0, False), (6, True)])
 def test_the_largest_of_63190_pairs_are_found(triples: int, antithetic: bool) -> None:
     game, truth = planted(356, 30, triples, seed=3)
     sampling = Sampling(budget=8192, antithetic=antithetic)
@@ -89,18 +89,7 @@ def test_small_games_need_no_screening() -> None:
     assert not any("screened" in note for note in found.notes)
 
 
-@pytest.mark.parametrize(
-    ("indices", "options", "budget"),
-    [
-        (("BII",), {}, 3000),
-        (("SII",), {}, 3000),
-        (("SII",), {"design": "regression"}, 3001),
-        (("SII",), {"design": "regression", "tolerance": 1e-6}, 3000),
-    ],
-)
-def test_checkpoints_of_other_requests_are_refused(
-    tmp_path: Path, indices: tuple[str, ...], options: dict[str, Any], budget: int
-) -> None:
+def test_checkpoints_of_other_requests_are_refused(tmp_path: Path) -> None:
     """Requests with the same screening, but other estimates after it."""
     game, _ = planted(24, 12, 20, seed=1)
 
@@ -110,8 +99,14 @@ def test_checkpoints_of_other_requests_are_refused(
 
     values("STII")
     values("STII")
-    with pytest.raises(ValueError, match="belongs to another run"):
-        values(*indices, budget=budget, **options)
+    others: list[tuple[str, dict[str, Any]]] = [
+        ("BII", {}),
+        ("SII", {"design": "regression", "budget": 3001}),
+        ("SII", {"design": "regression", "tolerance": 1e-6}),
+    ]
+    for index, options in others:
+        with pytest.raises(ValueError, match="belongs to another run"):
+            values(index, **options)
 
 
 @pytest.mark.parametrize("design", ["regression", "toggling"])
@@ -133,9 +128,7 @@ def test_the_screening_draws_other_coalitions_than_the_estimates(design: str) ->
     assert len(np.unique(middle, axis=0)) == len(middle)
 
 
-@pytest.mark.parametrize(
-    ("indices", "least"), [(("SII",), 1904), (("SII", "RG", "BII"), 2285), (("SII", "RG"), 1904)]
-)
+@pytest.mark.parametrize(("indices", "least"), [(("SII",), 1904), (("SII", "RG", "BII"), 2285)])
 def test_a_budget_too_small_is_refused_before_the_evaluations(
     indices: tuple[str, ...], least: int
 ) -> None:

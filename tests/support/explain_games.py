@@ -95,11 +95,6 @@ def deviations(
     }
 
 
-def either(first: int, second: int, worth: float, players: int) -> Planted:
-    """A game with two copies of the same token."""
-    return Planted(players, lambda inside: worth * (inside[:, first] | inside[:, second]))
-
-
 def table(game: Callable[[NDArray[np.bool_]], NDArray[Any]], players: int) -> NDArray[np.float64]:
     """Values v of all coalitions; bit k stands for player k."""
     codes = np.arange(2**players)
