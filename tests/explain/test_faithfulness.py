@@ -276,7 +276,6 @@ def test_errors() -> None:
         ({"fill": "mean"}, "baseline: expected 2 Tensors"),
         ({"exempt": [2]}, "exempt: expected an int from 0 to 1"),
         ({"expert": 4}, "expert: expected an int from 0 to 3"),
-        ({"target": 3}, "target: expected an int from 0 to 2"),
         ({"attributions": values[::-1]}, r"attributions\[0\]: expected \(B, L_m\) = \(4, 7\)"),
         ({"attributions": with_nan}, r"attributions\[0\]: expected finite values"),
     ]

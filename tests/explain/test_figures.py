@@ -219,6 +219,7 @@ def test_a_value_of_unknown_error_hides_no_other() -> None:
     values, errors = np.array([1.0, 0.5, np.nan, -0.7]), np.array([0.1, np.nan, 0.0, 0.1])
     np.testing.assert_array_equal(alike(values, errors), [1.0, 0.0, np.nan, -0.7])
     assert not alike(values[:2], errors[1:2].repeat(2)).any()
+    assert not alike(np.array([0.3, -0.05]), np.array([0.05, 0.2])).any(), "tied across 0"
 
 
 def test_experts_are_tied_within_two_standard_errors() -> None:

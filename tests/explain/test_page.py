@@ -75,15 +75,9 @@ INTERACTIONS: list[tuple[PairValues, str]] = [
         values(0.5, 1.0, 0.1, 0.3),
         f"of the scored pairs the strongest is {PAIR} +1, exact): together more",
     ),
-    (
-        values(0.9, -1.0, 0.8, 0.1, error=0.1),
-        f"of the scored pairs no single one is the strongest; 2 tied with {PAIR} -1, standard error 0.1)",
-    ),
-    (values(0.995, 1.0, 0.1, 0.1), f"{ONE_TIED}{PAIR} +1, exact)"),
     (values(0.01, -0.19, 0.0, 0.1, error=0.1), f"{UNCLEAR}{PAIR} -0.19, standard error 0.1)"),
     # Rounding errors of an additive model are no interactions.
     (values(1e-8, -3e-8, 0.0, 0.0), UNCLEAR),
-    (values(0.1, -0.9, 0.0, 0.0, error=np.nan), UNCLEAR),
     (values(*[np.nan] * 4), "no pair of tokens was scored"),
     # The pair of largest |value| has an error of half its size; the next one is the first above 0.
     (pair_values(standard_errors=np.array([0.01, 0.6, 0.1, 0.0])), f"{ONE_TIED}text:0 “a” with "),

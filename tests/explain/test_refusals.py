@@ -179,14 +179,6 @@ def test_other_values_are_no_targets(name: str) -> None:
         assert_refused(partial(call, layer, INPUTS, target=target), "target: expected")
 
 
-def test_labels_may_be_arrays() -> None:
-    layer = interaction_layer(CASE)
-    labels = torch.tensor([[1, 0, 1], [0, 1, 0]])
-    expected = attribute(layer, INPUTS, target=labels)
-    for other in (labels.numpy(), labels.tolist(), labels.bool().numpy()):
-        assert torch.equal(attribute(layer, INPUTS, target=other).targets, expected.targets)
-
-
 def test_numbers_of_numpy_can_be_saved(tmp_path: Path) -> None:
     layer = interaction_layer(CASE)
     one: Any = np.int64(1)

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from flmoe_kernels.explain import Sampling, TokenGame, probe_game
 from flmoe_kernels.explain.estimators import regression, surrogate
 from flmoe_kernels.explain.estimators.indices import LINEAR
+from flmoe_kernels.explain.estimators.kernel import Kernel
+from flmoe_kernels.explain.estimators.polynomial import AND, PRODUCT
 from flmoe_kernels.explain.games.coalitions import all_pairs, unpack
 from tests.support.explain_games import (
     Planted,
@@ -211,3 +213,31 @@ def test_ranks_agree_when_a_tolerance_is_reached() -> None:
 
     assert stopped(0.0) == "tolerance"
     assert stopped(1.0) == "budget"
+
+
+@pytest.mark.parametrize("parity", [1, -1, 0])
+@pytest.mark.parametrize("kind", [PRODUCT, AND, "kernel"])
+def test_exact_sums_of_surrogates(kind: str, parity: int) -> None:
+    """Sums over all coalitions, by the formula and coalition by coalition."""
+    n, drawn = 6, np.random.default_rng(1)
+    inside = (np.arange(2**n)[:, None] >> np.arange(n)) & 1 == 1
+    size, weights = inside.sum(axis=1), drawn.normal(size=4)
+    fits: list[Any] = [Kernel(inside[[3, 17, 40, 63]], 0.3, parity)]
+    if kind == "kernel":
+        # The product over players by definition.
+        x, y = inside * 2.0 - 1.0, fits[0].points * 2.0 - 1.0
+        product, other = (np.prod(1 + 0.3 * sign * x[:, None] * y, axis=2) for sign in (1, -1))
+        own = (product + parity * other) / (1.3**n + parity * 0.7**n)
+        np.testing.assert_allclose(fits[0].predict(inside, weights), own @ weights, atol=1e-12)
+    else:
+        sets = [surrogate._sets(n, order)[:4] for order in range(1, 5)]
+        fits = [surrogate._terms(kind, n, parity, x, 2 * (kind == PRODUCT)) for x in sets]
+    for fit in fits:
+        tables = [drawn.normal(size=(n + 1, count)) for count in (2, 3)]
+        values = fit.predict(inside, weights) / np.array([math.comb(n, s) for s in size])
+        single, pair = fit.indices(weights, tables)
+        for i, j in itertools.combinations(range(n), 2):
+            one = (tables[0][size, inside[:, i] * 1] * values).sum()
+            two = (tables[1][size, inside[:, i] * 1 + inside[:, j]] * values).sum()
+            assert single[i] == pytest.approx(one, abs=1e-10)
+            assert [pair[i, j], pair[j, i]] == pytest.approx([two, two], abs=1e-10)

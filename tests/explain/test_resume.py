@@ -20,7 +20,6 @@ from flmoe_kernels.explain import (
     Run,
     Sampling,
     TokenGame,
-    TwoAdditiveGame,
     probe_pairs,
     shapley_interactions,
 )
@@ -30,7 +29,7 @@ from flmoe_kernels.explain.games import memory
 from flmoe_kernels.explain.games.models import model_digest
 from tests.support.explain_games import interaction_layer
 from tests.support.layers import LayerCase
-from tests.support.pair_layers import pair_inputs, pair_layer
+from tests.support.pair_layers import pair_layer
 from tests.support.refusals import assert_refused
 
 CASE = LayerCase(lengths=(5, 4))
@@ -217,22 +216,6 @@ def test_checkpoints_distinguish_models_with_other_settings() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert game.fingerprint() != full
     assert game.fingerprint() == full
-
-
-def test_a_closed_form_game_is_identified_by_its_model() -> None:
-    x = pair_inputs((3, 2))
-    game = TwoAdditiveGame(pair_layer(), x, target=0)
-    other = TwoAdditiveGame(pair_layer(), x, target=0)
-    other.pair = other.pair * (1 + 2**-52)
-    assert other.fingerprint() == game.fingerprint()
-    for changed in (
-        TwoAdditiveGame(pair_layer(seed=1), x, target=0),
-        TwoAdditiveGame(pair_layer(), pair_inputs((3, 2), seed=9), target=0),
-        TwoAdditiveGame(pair_layer(), x, target=1),
-        TwoAdditiveGame(pair_layer(), x, target=0, sample=1),
-        TwoAdditiveGame(pair_layer(), x, [torch.ones(2, 3), None], target=0),
-    ):
-        assert changed.fingerprint() != game.fingerprint()
 
 
 ROUNDS = 7  # interrupts in the middle of a step, with one rank and with two
