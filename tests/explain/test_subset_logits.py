@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flmoe_kernels import InteractionMoE
+from flmoe_kernels import InteractionMoE, InteractionMoERegression, use_backend
 from flmoe_kernels.core.error_budget import assert_within_budget
+from flmoe_kernels.explain.games import masked
 from flmoe_kernels.explain.games.masked import MaskedModel
 from flmoe_kernels.explain.games.models import logits_of
 from flmoe_kernels.layers.interaction_moe.subsets import subset_logits
@@ -114,6 +115,13 @@ def test_subsets_in_float32(case: LayerCase, fill: str) -> None:
         torch.set_num_threads(threads)
 
 
+def test_regression_layers_have_it() -> None:
+    layer = InteractionMoERegression.adopt(interaction_layer(CASES[5]))
+    rows, absent = draw_subsets(CASES[5])
+    with torch.no_grad():
+        assert computed(masked_model(CASES[5], layer, "zero", None), rows, absent) is not None
+
+
 class Doubled(InteractionMoE):
     """A layer with its own inference."""
 
@@ -122,10 +130,30 @@ class Doubled(InteractionMoE):
         return experts, weights, 2 * mixed
 
 
+def _replaced(layer: Any) -> None:
+    layer.inference = Doubled.inference.__get__(layer)
+    layer.__class__ = Doubled
+
+
+def _hidden(layer: Any) -> None:
+    original = layer._fast_inference
+    layer._fast_inference = lambda *args: [
+        x if i < 2 else x + 1 for i, x in enumerate(original(*args))
+    ]
+
+
+def _capturing(layer: Any) -> None:
+    layer.interaction_experts[1].fusion_model.network[0].attn.capture_attn = True
+
+
 # What is done to the layer or around the call, so that `inference` computes the logits.
 OTHERS: dict[str, Callable[[Any], Any]] = {
     "subclass": lambda layer: setattr(layer, "__class__", Doubled),
+    "replaced on the instance": _replaced,
+    "a private method replaced": _hidden,
+    "attention maps": _capturing,
     "reference backend": lambda layer: setattr(layer, "backend", "reference"),
+    "reference context": lambda layer: use_backend("reference"),
     "gradients": lambda layer: torch.enable_grad(),
     "autocast": lambda layer: torch.autocast("cpu", torch.bfloat16),
 }
@@ -145,12 +173,12 @@ def test_other_layers_run_inference(name: str, expert: int | None) -> None:
         assert computed(model, rows, absent) is None
         logits, expected = model.logits(rows, absent), by_inference(model, rows, absent)
     torch.testing.assert_close(logits, expected, rtol=0, atol=0)
-    if name == "subclass" and expert is None:
+    if name in ("subclass", "a private method replaced") and expert is None:
         assert (logits - before).abs().max() > 0.01, "control: the change has an effect"
 
 
 @torch.no_grad()
-def test_other_inputs_run_inference() -> None:
+def test_other_inputs_run_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[0]
     rows, absent = draw_subsets(case)
     layer = interaction_layer(case)
@@ -168,6 +196,13 @@ def test_other_inputs_run_inference() -> None:
     model = masked_model(routed, interaction_layer(routed), "drop", None)
     rows, absent = draw_subsets(routed)
     assert computed(model, rows, absent) is None
+    # A class's method, replaced after import.
+    model = masked_model(case, layer, "drop", None)
+    rows, absent = draw_subsets(case)
+    assert computed(model, rows, absent) is not None
+    monkeypatch.setattr(InteractionMoE, "inference", Doubled.inference)
+    assert computed(model, rows, absent) is None
+    assert masked.has_subset_logits(nn.Identity()) is False
 
 
 @torch.no_grad()
@@ -185,6 +220,14 @@ def test_changed_parts_are_honoured_or_refused() -> None:
     layer.reweight.temperature = 0.1
     after = model.logits(rows, absent)
     torch.testing.assert_close(after, by_inference(model, rows, absent), rtol=0, atol=1e-12)
-    encoder.register_forward_hook(lambda *_: None)
+    layer.replacement = "x"
+    with pytest.raises(ValueError, match="replacement: expected one of"):
+        computed(model, rows, absent)
+    layer.replacement = "noise"
+    handle = encoder.register_forward_hook(lambda *_: None)
     with pytest.raises(UnsupportedLayer, match="has a forward hook"):
+        computed(model, rows, absent)
+    handle.remove()
+    layer.float()
+    with pytest.raises((TypeError, ValueError), match=r"inputs\[0\]"):
         computed(model, rows, absent)
