@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 from flmoe_kernels import (
     InteractionMoE,
@@ -156,6 +157,38 @@ def test_layer(case: LayerCase) -> None:
     other = outputs_and_gradients(Whole(layer, "aot_eager"), [x[0] + 0.1, x[1]], masks, noise)
     with pytest.raises(AssertionError):
         assert_same(other[0], expected[0])
+
+
+class Outputs(nn.Module):
+    """All outputs of a layer with masks and constant replacements."""
+
+    def __init__(self, layer: InteractionMoE, replacements: Any) -> None:
+        super().__init__()
+        self.layer, self.replacements = layer, replacements
+
+    def forward(self, x: Tensor, y: Tensor, mask_x: Tensor, mask_y: Tensor) -> list[Tensor]:
+        outputs = self.layer([x, y], [mask_x, mask_y], replacements=self.replacements)
+        return tree_leaves(outputs)
+
+
+@pytest.mark.parametrize("how", ["compile", "export", "trace"])
+@torch.no_grad()
+def test_forward_without_gradients_omits_masked_tokens(how: str) -> None:
+    """A graph learns the number of valid tokens only when it runs."""
+    case = LayerCase((5, 4), dim=8, layers=2, batch=3)
+    x = case.inputs(torch.float64)
+    module = Outputs(fast_layer(case).double().eval(), draw_replacements(x, case.experts))
+    masks = [torch.ones(3, length, dtype=torch.bool) for length in case.lengths]
+    if how == "export":
+        program = torch.export.export(module, (*x, *masks), strict=False).module()
+    elif how == "trace":
+        program = torch.jit.trace(module, (*x, *masks))
+    else:
+        program = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for valid in (5, 2, 0):
+        masks[0][2] = torch.arange(5) < valid
+        for got, want in zip(program(*x, *masks), module(*x, *masks), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", [FL, I2], ids=str)

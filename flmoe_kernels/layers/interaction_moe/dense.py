@@ -143,9 +143,17 @@ def infer(
         cu_samples, cu_segments = folded.cu_samples, folded.cu_segments
     elif copies > 1:
         replaced = views.places(plan) == torch.arange(-1, views.count - 1).unsqueeze(1)
+        count: int | Tensor = n
         index = (torch.arange(n) + n * replaced).flatten()
+        if (
+            not plan.compact
+        ):  # The valid rows of all views come first, because no run may contain padding.
+            count = cu_samples[-1]
+            places = torch.arange(views.count * n)
+            view, row = places // count.clamp(min=1), places % count.clamp(min=1)
+            index = index[view.clamp(max=views.count - 1) * n + row]
         cu_samples, cu_segments = (
-            _repeated(bounds, views.count, n) for bounds in (cu_samples, cu_segments)
+            _repeated(bounds, views.count, count) for bounds in (cu_samples, cu_segments)
         )
     latents = ops.encoder_inference(
         rows.view(sets, copies * n, width),
@@ -162,7 +170,7 @@ def infer(
     return latents.view(len(networks), views.count, plan.samples, plan.modalities * width)
 
 
-def _repeated(bounds: Tensor, views: int, rows: int) -> Tensor:
-    """Boundaries of the same runs in each view, (views * runs + 1,)."""
+def _repeated(bounds: Tensor, views: int, rows: int | Tensor) -> Tensor:
+    """Boundaries of the same runs in each view, (views * runs + 1,); a view has the given number of rows."""
     starts = rows * torch.arange(views, dtype=bounds.dtype).unsqueeze(1)
     return torch.cat([(bounds[:-1] + starts).flatten(), bounds[-1:] + starts[-1]])
