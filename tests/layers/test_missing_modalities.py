@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from flmoe_kernels import (
     FusionTransformer,
@@ -196,6 +197,16 @@ def test_a_fusion_model_without_a_modality() -> None:
             sample = [None if x is None else x[b : b + 1] for x in tokens]
             expected = plain_pass(fusion, sample, lengths)
             torch.testing.assert_close(results[0][1][b], expected.detach())
+
+
+def test_views_that_do_not_exist_are_not_computed() -> None:
+    counts = []
+    for masks in (None, masks_of(FL)):
+        with FlopCounterMode(display=False) as counter:
+            fast_layer(FL)(FL.inputs(), masks)
+        counts.append(counter.get_total_flops())
+    # 32 of 48 tokens are valid, and 103 of 192 rows of views; without their padding alone, 128 rows remain.
+    assert counts[1] < 0.57 * counts[0]
 
 
 def drop_counts(rate: float, present: Tensor | None, samples: int = 4000) -> Tensor:

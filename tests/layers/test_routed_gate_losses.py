@@ -81,6 +81,22 @@ def test_an_unread_loss_is_not_added_to_the_next_step(name: str) -> None:
     assert gate.get_loss() == expected, "the loss of a later evaluation"
 
 
+def test_the_backward_pass_of_another_step_clears_no_losses() -> None:
+    """Overlapping steps: the second starts before the backward of the first."""
+    gate, x, y = make("gshard"), draw(N, D), draw(N, D, seed=9)
+    apart = [call(gate, part)[2] for part in (x, y)]
+    first, of_first = gate(x).weight.square().sum(), gate.get_loss()
+    torch.manual_seed(1)
+    second = gate(x).weight.square().sum()
+    (first + of_first).backward()
+    torch.manual_seed(1)
+    second = second + gate(y).weight.square().sum()
+    loss = gate.get_loss()
+    torch.testing.assert_close(loss, sum(apart))
+    (second + loss).backward()
+    assert not gate.has_loss
+
+
 def test_unread_losses_keep_no_graphs_alive() -> None:
     gate, x = make("gshard"), draw(4, D)
     first = draw(4, D).requires_grad_()
