@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -16,10 +14,7 @@ from torch import nn
 from torch.ao import quantization
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize, prune
-from torch.utils.module_tracker import ModuleTracker
 
-from flmoe_kernels import swap
-from flmoe_kernels.layers.interaction_moe import module as interaction_moe
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.parts import UnsupportedLayer
 from tests.support.layers import FL, SPARSE_FL, LayerCase, data, fast_layer, named_outputs
@@ -85,6 +80,10 @@ def parts_of(layer: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def encoder(layer: Any, e: int = 1) -> Any:
+    return layer.interaction_experts[e].fusion_model.network[0]
+
+
 def assert_refused(layer: InteractionMoE, case: LayerCase, message: str) -> None:
     x, masks, _ = data(case)
     for run in (layer, layer.inference):
@@ -102,64 +101,30 @@ def assert_honoured(layer: InteractionMoE, case: LayerCase) -> None:
     layer.backend = "cpu"
 
 
-@pytest.mark.parametrize("kind", CHANGES)
 @pytest.mark.parametrize("case", [FL, SPARSE], ids=["dense", "sparse"])
-def test_every_kind_of_change_of_every_part_is_refused(case: LayerCase, kind: str) -> None:
+def test_a_hook_on_any_part_is_refused(case: LayerCase) -> None:
     layer = fast_layer(case)
     x, masks, _ = data(case)
     layer(x, masks)
     assert len(parts_of(layer)) > 20
-    for path in parts_of(layer):
-        changed = copy.deepcopy(layer)
-        changed(x, masks)
-        CHANGES[kind](parts_of(changed)[path])
-        with pytest.raises(UnsupportedLayer) as error:
-            changed(x, masks)
+    for path, part in parts_of(layer).items():
+        with part.register_forward_hook(lambda *_: None), pytest.raises(UnsupportedLayer) as error:
+            layer(x, masks)
         assert path in str(error.value)
-        assert kind in str(error.value)
         assert "backend='reference'" in str(error.value)
-    layer(x, masks)  # the copies did not change the original
+    layer(x, masks)
 
 
-@pytest.mark.parametrize("case", [FL, SPARSE], ids=["dense", "sparse"])
-def test_a_wrapped_part_is_refused(case: LayerCase) -> None:
-    layer = fast_layer(case)
-    x, masks, _ = data(case)
-    for path in parts_of(layer):
-        changed = copy.deepcopy(layer)
-        changed(x, masks)
-        owner, _, name = path.rpartition(".")
-        setattr(changed.get_submodule(owner), name, Wrapper(changed.get_submodule(path)))
-        with pytest.raises(UnsupportedLayer, match=path.split(".")[0]):
-            changed(x, masks)
-
-
-def encoder(layer: Any, e: int = 1) -> Any:
-    return layer.interaction_experts[e].fusion_model.network[0]
+@pytest.mark.parametrize("kind", CHANGES)
+def test_every_kind_of_change_is_refused(kind: str) -> None:
+    layer = fast_layer(FL)
+    layer(*data(FL)[:2])
+    CHANGES[kind](encoder(layer).attn.q)
+    assert_refused(layer, FL, rf"attn\.q.*{kind}")
 
 
 def everywhere(layer: Any, kind: type[nn.Module]) -> list[Any]:
     return [part for part in layer.modules() if isinstance(part, kind)]
-
-
-class Packed(nn.Linear):
-    """A quantized map: a Linear without the parameter `weight`."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
-        self.register_buffer("packed", linear.weight.detach().clone())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.packed, self.bias)
-
-
-def pack(where: str, layer: nn.Module) -> None:
-    for name, part in list(layer.named_modules()):
-        for key, child in list(part.named_children()):
-            if isinstance(child, nn.Linear) and where in f"{name}.{key}":
-                setattr(part, key, Packed(child))
 
 
 def quantize(layer: nn.Module) -> nn.Module:
@@ -175,22 +140,17 @@ def convert(layer: Any) -> None:
 LINEAR = r"(reweight\.mlp\.network|interaction_experts\.\d+\.fusion_model\.network)\.\d+"
 REFUSED: list[tuple[Callable[[Any], object], str]] = [
     *((change, LINEAR) for change in (quantize, convert)),
-    *((partial(pack, place), LINEAR) for place in ("attn.q", "attn.proj", "mlp.network", "fc")),
+    (lambda x: setattr(encoder(x).attn, "q", Wrapper(encoder(x).attn.q)), r"attn\.q"),
     (lambda x: setattr(encoder(x).mlp.network, "1", nn.ReLU()), "expected GELU"),
     (lambda x: setattr(encoder(x).mlp.network[1], "approximate", "tanh"), "tanh form"),
     (lambda x: setattr(encoder(x).norm2, "eps", 1e-3), r"norm2: eps is 0\.001"),
     (lambda x: setattr(encoder(x).attn, "scale", 1.0), r"attn\.scale: expected"),
-    (lambda x: setattr(encoder(x).attn, "num_heads", 1), r"attn\.scale: expected"),
     (lambda x: setattr(encoder(x).attn.q, "bias", nn.Parameter(torch.ones(16))), r"attn\.q"),
     (lambda x: setattr(encoder(x).attn.proj, "bias", None), r"attn\.proj: has no bias"),
-    (lambda x: setattr(encoder(x).norm1, "weight", None), r"norm1: has no affine"),
     (lambda x: setattr(encoder(x).attn.attn_drop, "p", 0.9), r"experts\.1: dropout is"),
     (lambda x: encoder(x).dropout2.eval(), "rate or mode of dropout2 differs"),
     (lambda x: x.interaction_experts.__delitem__(3), "expected 4 experts"),
-    (lambda x: encoder(x).mlp.network.append(nn.ReLU()), "expected Linear, GELU"),
-    (lambda x: setattr(encoder(x), "compat", "i2moe"), "compat"),
     (lambda x: prune.l1_unstructured(encoder(x).attn.q, "weight", 0.5), r"attn\.q"),
-    (lambda x: nn.utils.weight_norm(encoder(x).attn.kv), r"attn\.kv"),
     (
         lambda x: parametrize.register_parametrization(encoder(x).attn.proj, "weight", nn.Tanh()),
         r"attn\.proj: .*ParametrizedLinear, which",
@@ -198,10 +158,6 @@ REFUSED: list[tuple[Callable[[Any], object], str]] = [
     (
         lambda x: encoder(x).attn.register_buffer("bias_table", torch.ones(2)),
         "bias_table: an unexpected parameter or buffer",
-    ),
-    (
-        lambda x: setattr(x, "interaction_experts", nn.ModuleList([Wrapper(nn.Identity())] * 4)),
-        "interaction_experts",
     ),
 ]
 
@@ -220,17 +176,6 @@ def test_changes_that_the_kernels_do_not_compute_are_refused(
         assert "backend='reference'" in str(error.value)
 
 
-def test_the_published_layer_can_be_quantized_and_is_not_swapped() -> None:
-    layer, x = FL.reference().eval(), FL.inputs()
-    expected = layer.inference(x)[2]
-    model = quantize(nn.ModuleDict({"layer": layer}))
-    assert (model["layer"].inference(x)[2] - expected).abs().max() < 0.2
-    [entry] = swap(model).left
-    # Both classes are named Linear.
-    assert "quantized" in entry.reason
-    assert re.search(LINEAR, entry.reason)
-
-
 def test_the_reference_backend_computes_what_the_kernels_refuse() -> None:
     layer, calls = fast_layer(FL), list[Any]()
     encoder(layer).norm2 = nn.Identity()
@@ -243,15 +188,11 @@ def test_the_reference_backend_computes_what_the_kernels_refuse() -> None:
 HONOURED: list[tuple[str, Callable[[Any], object]]] = [
     ("eps", lambda x: [setattr(part, "eps", 0.1) for part in everywhere(x, nn.LayerNorm)]),
     ("temperature", lambda x: setattr(x.reweight, "temperature", 0.1)),
-    ("attribute", lambda x: setattr(encoder(x).attn, "note", "nothing reads this")),
     ("weight", lambda x: setattr(encoder(x).attn.q, "weight", nn.Parameter(torch.ones(16, 16)))),
     ("another activation of reweight", lambda x: x.reweight.mlp.network.__setitem__(1, nn.Tanh())),
     ("pruned reweight", lambda x: prune.l1_unstructured(x.reweight.mlp.network[0], "weight", 0.5)),
     ("wrapped reweight", lambda x: setattr(x.reweight, "mlp", Wrapper(x.reweight.mlp))),
-    ("restored forward", lambda x: setattr(encoder(x).attn, "forward", encoder(x).attn.forward)),
-    ("a module of its own", lambda x: x.add_module("extra", nn.Linear(3, 3))),
     ("frozen", lambda x: x.interaction_experts.requires_grad_(False)),
-    ("compiled", lambda x: encoder(x).compile(backend="eager")),
     ("rates", lambda x: [setattr(part, "p", 0.0) for part in everywhere(x, nn.Dropout)]),
 ]
 
@@ -277,25 +218,6 @@ def test_a_hook_on_all_modules_is_refused_until_it_is_removed() -> None:
         layer(*data(FL)[:2])
 
 
-def test_hooks_of_a_module_tracker_are_ignored_and_no_others() -> None:
-    """torch's FlopCounterMode registers them."""
-    layer = fast_layer(FL)
-    with ModuleTracker() as tracker:
-        assert_honoured(layer, FL)
-        layer.register_forward_pre_hook(lambda *_: parents.append(set(tracker.parents)))
-        parents: list[set[str]] = []
-        layer(*data(FL)[:2])
-        handle = torch_module.register_module_forward_hook(lambda *_: None)
-        assert_refused(layer, FL, "a hook on all modules")
-        handle.remove()
-        assert_honoured(layer, FL)
-    assert parents[0] == {"Global", "InteractionMoE"}
-    # A subclass may change results.
-    with type("Other", (ModuleTracker,), {})():
-        assert_refused(layer, FL, "a hook on all modules")
-    assert_honoured(layer, FL)
-
-
 def test_a_template_with_a_hook_is_refused_at_construction() -> None:
     template = FL.reference().interaction_experts[0].fusion_model
     template.network[0].attn.register_forward_hook(lambda *_: None)
@@ -313,23 +235,12 @@ def test_hooks_and_a_replaced_forward_of_the_layer_itself_work() -> None:
     assert next(calls) == 2
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["forward hook", *(pytest.param(x, marks=pytest.mark.slow) for x in ("Other", "Wrapper"))],
-)
-def test_changes_are_refused_while_compiling(kind: str) -> None:
+def test_changes_are_refused_while_compiling() -> None:
     layer = fast_layer(FL)
-    x, masks, _ = data(FL)
-    if kind == "Wrapper":
-        encoder(layer).attn.q = Wrapper(encoder(layer).attn.q)
-    else:
-        CHANGES[kind](encoder(layer).attn.q)
+    encoder(layer).attn.q.register_forward_hook(lambda *_: None)
     torch._dynamo.reset()
     with pytest.raises(UnsupportedLayer, match=r"attn\.q"):
-        torch.compile(layer, backend="eager")(x, masks)
-    torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"UnsupportedLayer\(.*attn\.q"):
-        torch.compile(layer, backend="eager", fullgraph=True)(x, masks)
+        torch.compile(layer, backend="eager")(*data(FL)[:2])
 
 
 @pytest.mark.parametrize("how", ["new head", "new weight", "no bias", "one without bias"])
@@ -351,19 +262,3 @@ def test_a_replaced_head_is_honoured(case: LayerCase, how: str) -> None:
     adopted = InteractionMoE.adopt(layer, backend="cpu")
     assert adopted.state_dict().keys() == layer.state_dict().keys()
     assert_honoured(adopted, case)
-
-
-def test_unchanged_parts_are_described_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later calls only compare references and sizes; another mode is no change."""
-    layer, calls = fast_layer(FL), itertools.count()
-    original = interaction_moe.describe
-    monkeypatch.setattr(
-        interaction_moe, "describe", lambda *args: (next(calls), original(*args))[1]
-    )
-    for mode in (True, True, False, True, False):
-        layer.train(mode)(*data(FL)[:2])
-    assert next(calls) == 1
-    handle = encoder(layer).attn.q.register_forward_hook(lambda *_: None)
-    assert_refused(layer, FL, r"network\.0\.attn\.q: has a forward hook")
-    handle.remove()
-    assert_honoured(layer, FL)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from flmoe_kernels import (
     FusionTransformer,
     InteractionMoE,
-    RoutedMLP,
     use_backend,
 )
 from flmoe_kernels.layers.parts import UnsupportedLayer
@@ -32,16 +31,12 @@ from tests.support.layers import (
 from tests.support.lineage import fl, i2
 
 CASES = {
-    "one modality": dataclasses.replace(FL, lengths=(9,), layers=2),
     "one modality, padded": dataclasses.replace(FL, lengths=(9,), masks="partial"),
     "three modalities": dataclasses.replace(FL, lengths=(7, 5, 4), layers=2, masks="partial"),
-    "masks of numbers": dataclasses.replace(FL, masks="numbers"),
     "learned positions": dataclasses.replace(I2, layers=2),
     "one modality, learned positions": dataclasses.replace(I2, lengths=(6,)),
-    "sparse": dataclasses.replace(SPARSE_FL, masks="partial"),
-    "sparse, dropped tokens": dataclasses.replace(SPARSE_FL, capacity=0.6),
+    "sparse, dropped tokens": dataclasses.replace(SPARSE_FL, capacity=0.6, masks="partial"),
     "sparse, learned positions": SPARSE_I2,
-    "sparse, one modality": dataclasses.replace(SPARSE_FL, lengths=(9,)),
     "Switch": dataclasses.replace(SPARSE_FL, gate="SwitchGate", masks="partial"),
     "Noisy": dataclasses.replace(SPARSE_FL, gate="NoisyGate"),
 }
@@ -62,7 +57,7 @@ def results(fusion: FusionTransformer, x: Sequence[Tensor], masks: Any) -> dict[
     return outputs | dict(zip(leaves, found, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_matches_the_reference(name: str, dtype: torch.dtype) -> None:
     case = CASES[name]
@@ -124,65 +119,37 @@ def test_called_parts_keep_their_hooks_and_changes() -> None:
     assert fusion(x).shape == (3, 9)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda x: x.network[0].attn.register_forward_hook(print),
-            r"network\.0\.attn: has a forward",
-        ),
-        (lambda x: setattr(x.network[0].norm1, "eps", 1.0), r"network\.0\.norm2: eps"),
-        (lambda x: setattr(x.network[0], "mlp", nn.Identity()), r"network\.0\.mlp"),
-        (lambda x: setattr(x, "num_modalities", 3), r"inputs: expected 3"),
-        (lambda x: setattr(x, "forward", print), "unchanged"),
-    ],
-    ids=["hook", "epsilon", "class", "modalities", "replaced forward"],
-)
-def test_other_changes_are_refused(change: Any, message: str) -> None:
+def test_changes_are_refused() -> None:
+    """The layer's tests change every part."""
     fusion, x = fusion_of(FL, "cpu"), FL.inputs()
     fusion(x)
-    change(fusion)
-    if message == "unchanged":
-        assert fusion(x) is None  # a replaced forward runs
-        return
-    with pytest.raises(ValueError, match=message):
+    handle = fusion.network[0].attn.register_forward_hook(print)
+    with pytest.raises(ValueError, match=r"network\.0\.attn: has a forward"):
+        fusion(x)
+    handle.remove()
+    fusion.num_modalities = 3
+    with pytest.raises(ValueError, match=r"inputs: expected 3"):
         fusion(x)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("part", "change", "message"),
     [
-        (lambda x: x.attn.proj.to("meta"), "parameters differ in device"),
-        (lambda x: x.attn.kv.half(), "parameters differ in dtype"),
-        (lambda x: x.attn.q.double(), "parameters differ in dtype"),
-        (lambda x: setattr(x.dropout1, "p", 1.5), "dropout1.p: expected a probability"),
-        (lambda x: setattr(x.dropout2, "inplace", True), "dropout2.inplace: expected False"),
+        ("network.0.attn.proj", lambda x: x.to("meta"), "parameters differ in device"),
+        ("network.0.attn.kv", lambda x: x.half(), "parameters differ in dtype"),
+        ("network.3.fc", lambda x: x.double(), "differ in dtype"),
+        ("network.0.mlp.experts", lambda x: x.double(), "differ in dtype"),
+        ("network.0.dropout1", lambda x: setattr(x, "p", 1.5), "expected a probability"),
+        ("network.0.dropout2", lambda x: setattr(x, "inplace", True), "expected False"),
     ],
-    ids=["device", "half", "double", "rate", "in place"],
 )
-@pytest.mark.parametrize("first_call", [False, True])
-@pytest.mark.parametrize("kind", ["layer", "fusion"])
-def test_parts_of_another_kind_are_refused(
-    change: Any, message: str, first_call: bool, kind: str
-) -> None:
-    layer: Any = fast_layer(FL) if kind == "layer" else fusion_of(FL, "cpu")
-    if first_call:
-        layer(FL.inputs())
-    models = [x.fusion_model for x in layer.interaction_experts] if kind == "layer" else [layer]
-    for model in models[:1] if "differ" in message else models:
-        change(model.network[0])
+def test_parts_of_another_kind_are_refused(part: str, change: Any, message: str) -> None:
+    layer = fast_layer(SPARSE_FL)
+    layer(SPARSE_FL.inputs())
+    for expert in layer.interaction_experts:
+        change(expert.fusion_model.get_submodule(part))
     with pytest.raises(UnsupportedLayer, match=message):
-        layer(FL.inputs())
-
-
-def test_heads_and_routed_experts_of_another_dtype_are_refused() -> None:
-    for part in ("network.3.fc", "network.0.mlp.experts"):
-        layer = fast_layer(SPARSE_FL)
         layer(SPARSE_FL.inputs())
-        for expert in layer.interaction_experts:
-            expert.fusion_model.get_submodule(part).double()
-        with pytest.raises(UnsupportedLayer, match="differ in dtype"):
-            layer(SPARSE_FL.inputs())
 
 
 @pytest.mark.parametrize("masks", ["none", "partial"])
@@ -266,26 +233,13 @@ def test_maps_and_their_gradients_equal_the_published_ones() -> None:
         assert float(expected.abs().max()) > 1e-6
 
 
-@pytest.mark.parametrize("kind", ["layer", "fusion"])
-def test_maps_are_refused_with_a_requested_backend(kind: str) -> None:
+def test_maps_are_refused_with_a_requested_backend() -> None:
     layer = fast_layer(FL)
-    module: Any = layer if kind == "layer" else layer.interaction_experts[0].fusion_model
-    capture(module, True)
+    capture(layer, True)
     with pytest.raises(
         UnsupportedLayer, match=r"attn\.capture_attn: is set, but the kernels store"
     ):
-        module(FL.inputs())
-
-
-def test_one_capturing_expert_runs_the_layer_in_plain_pytorch() -> None:
-    layer = InteractionMoE.adopt(FL.reference()).eval()
-    masks = draw_masks("padded_sample", 3, FL.lengths)
-    capture(layer.interaction_experts[1], True)
-    found = layer.inference(FL.inputs(), masks)[0]
-    with use_backend("reference"):
-        expected = layer.inference(FL.inputs(), masks)[0]
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-    assert bool(torch.stack(found)[:, 1].isnan().all())
+        layer(FL.inputs())
 
 
 def test_models_with_maps_can_be_copied_and_keep_their_flags() -> None:
@@ -338,28 +292,8 @@ def test_experts_have_the_published_methods(case: LayerCase) -> None:
 # Programs around the model.
 
 
-@pytest.mark.parametrize("case", [FL, I2, SPARSE_FL], ids=["fl", "i2", "sparse"])
-def test_compiles_without_a_break(case: LayerCase) -> None:
-    fusion, x = fusion_of(case, None).eval(), case.inputs()
+def test_compiles_without_a_break() -> None:
+    fusion, x = fusion_of(FL, None).eval(), FL.inputs()
     compiled = torch.compile(fusion, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), fusion(x))
     torch._dynamo.reset()
-
-
-def test_copies_and_modes() -> None:
-    fusion = fusion_of(FL, None)
-    fusion(FL.inputs())
-    for clone in (copy.deepcopy(fusion), copy.copy(fusion)):
-        assert torch.equal(clone(FL.inputs()), fusion(FL.inputs()))
-    fusion.network[0].dropout1.p = 0.5
-    assert not torch.equal(fusion(FL.inputs()), fusion(FL.inputs()))
-    assert torch.equal(fusion.eval()(FL.inputs()), fusion(FL.inputs()))
-
-
-def test_backend_reaches_the_parts() -> None:
-    layer = InteractionMoE.adopt(SPARSE_FL.reference(), backend="cpu")
-    fusion = layer.interaction_experts[0].fusion_model
-    layer.backend = None
-    assert fusion.backend is None
-    fusion.backend = "reference"
-    assert all(p.backend == "reference" for p in fusion.modules() if isinstance(p, RoutedMLP))

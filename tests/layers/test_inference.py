@@ -10,13 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from flmoe_kernels.layers.interaction_moe.dense import Encoders
 from tests.support.encoder_cases import encoder_inference_arguments
 from tests.support.inputs import as_dtype, draw, draw_masks
 from tests.support.layers import (
     FL,
     I2,
-    SPARSE_FL,
     LayerCase,
     assert_all_within_budget,
     data,
@@ -36,20 +34,8 @@ CASES = [
     dataclasses.replace(I2, layers=2),
     LayerCase((2,) * 5, "i2moe", dim=16, heads=8, masks="partial"),
 ]
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call of the layer took the kernel without gradients."""
-    taken: list[bool] = []
-    infers = Encoders.infers
-
-    def recording(self: Encoders, *args: Any) -> bool:
-        taken.append(infers(self, *args))
-        return taken[-1]
-
-    monkeypatch.setattr(Encoders, "infers", recording)
-    return taken
+# In half precision: masks, an odd number of heads, learned positions.
+MIXED = (CASES[0], CASES[3], CASES[8])
 
 
 def outputs(layer: Any, x: Any, masks: Any, noise: Any) -> dict[str, Tensor]:
@@ -59,9 +45,16 @@ def outputs(layer: Any, x: Any, masks: Any, noise: Any) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_the_reference(case: LayerCase, dtype: torch.dtype, calls: list[bool]) -> None:
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, torch.float32) for case in CASES),
+        *((case, dtype) for case in MIXED for dtype in (torch.bfloat16, torch.float16)),
+        (CASES[1], torch.float64),
+    ],
+    ids=str,
+)
+def test_matches_the_reference(case: LayerCase, dtype: torch.dtype) -> None:
     x, masks, noise = data(case, dtype)
     exact = as_dtype(x, torch.float64), masks, as_dtype(noise, torch.float64)
     assert_all_within_budget(
@@ -70,7 +63,6 @@ def test_matches_the_reference(case: LayerCase, dtype: torch.dtype, calls: list[
         outputs(case.reference(dtype).double().eval(), *exact),
         f"of {case} in {dtype}",
     )
-    assert calls == [True, True]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -121,44 +113,20 @@ def test_changed_weights_are_seen(change: str) -> None:
         torch.testing.assert_close(after, expected.inference(x, masks)[2])
 
 
-@pytest.mark.parametrize("to", [torch.float64, torch.bfloat16, "meta"], ids=str)
-def test_a_parameter_of_another_dtype_or_device_is_refused(to: Any) -> None:
-    layer, (x, masks, _) = fast_layer(FL).eval(), data(FL)
-    with torch.no_grad():
-        layer.inference(x, masks)
-        linear = layer.interaction_experts[1].fusion_model.network[0].mlp.network[3]
-        linear.weight = torch.nn.Parameter(linear.weight.detach().to(to))
-        with pytest.raises(ValueError, match="parameters differ in"):
-            layer.inference(x, masks)
-
-
-def test_gradients_and_dropout_need_the_other_path(calls: list[bool]) -> None:
+def test_gradients_and_dropout() -> None:
+    """Of the parameters, of the inputs alone, and dropout without gradients: this kernel has none of them."""
     layer, (x, masks, _) = fast_layer(dataclasses.replace(FL, dropout=0.5)).eval(), data(FL)
-    assert layer.inference(x, masks)[2].requires_grad
+    encoder = layer.interaction_experts[0].fusion_model.network[0]
+    layer.inference(x, masks)[0][0].sum().backward()
+    assert encoder.attn.proj.weight.grad.any()
     layer.requires_grad_(False)
-    assert not layer.inference(x, masks)[2].requires_grad
     leaves = [part.requires_grad_() for part in x]
-    assert layer.inference(leaves, masks)[2].requires_grad
+    (gradient,) = torch.autograd.grad(layer.inference(leaves, masks)[0][0].sum(), leaves[:1])
+    assert gradient.any()
+    layer.train()
     with torch.no_grad():
-        layer.train().inference(x, masks)
-        layer.eval().interaction_experts[2].fusion_model.network[0].dropout2.train()
-        with pytest.raises(ValueError, match="dropout2 differs between the experts"):
-            layer.inference(x, masks)
-        fast_layer(SPARSE_FL).eval().inference(SPARSE_FL.inputs())
-    assert calls == [False, True, False, False, False]
-
-
-def test_gradients_of_positions_alone(calls: list[bool]) -> None:
-    layer, oracle = fast_layer(I2).eval(), I2.reference().eval()
-    gradients = []
-    for each in (layer, oracle):
-        for name, parameter in each.named_parameters():
-            parameter.requires_grad_(name.endswith("pos_embed"))
-        each.inference(I2.inputs())[2].sum().backward()
-        gradients.append(each.interaction_experts[1].fusion_model.pos_embed.grad)
-    assert calls == [False]
-    torch.testing.assert_close(*gradients)
-    assert gradients[0].abs().max() > 1e-3
+        results = [layer.inference(x, masks)[0][0] for _ in range(2)]
+    assert not torch.equal(*results)
 
 
 def test_nan_stays_in_its_sample() -> None:
@@ -187,17 +155,13 @@ BOUNDS = torch.tensor([0, 2, 3, 3, 4, 4, 6], dtype=torch.int32)
     ("changes", "message"),
     [
         ({"index": torch.tensor([4, 0, 1, 1, 2, 5])}, "index: expected rows of the table"),
-        ({"index": torch.tensor([4, -1, 1, 1, 2, 3])}, "index: expected rows of the table"),
         ({"index": torch.tensor([4, 0, 1, 1, 2])}, "cu_segments: expected non-decreasing"),
         ({"cu_segments": BOUNDS.flip(0).contiguous()}, "cu_samples: expected"),
         ({"cu_segments": BOUNDS[:6].contiguous()}, "cu_segments: expected a multiple"),
-        ({"cu_segments": BOUNDS[:1].contiguous()}, "cu_segments: expected a multiple"),
-        ({"cu_samples": BOUNDS[1::2].contiguous()}, "cu_samples: expected"),
         ({"cu_samples": torch.tensor([0, 2, 4, 6], dtype=torch.int32)}, "cu_samples: expected"),
         ({"weights": []}, "weights: expected"),
         ({"heads": 3}, "heads: expected a divisor"),
         ({"rows": draw(1, 5, 7, seed=1)}, r"weights\[0\]: expected"),
-        ({"rows": draw(3, 5, 8, seed=1)}, "rows: expected"),
         ({"rows": draw(1, 5, 8, seed=1).double()}, r"weights\[0\]: expected"),
     ],
 )

@@ -38,8 +38,8 @@ EVERY = pytest.mark.parametrize("case", [FL, I2, SPARSE_FL, SPARSE_I2], ids=str)
 MASKED = ("all_none", "all_valid", "partial", "padded_modality", "mixed", "numbers")
 CASES = [
     *(dataclasses.replace(FL, masks=masks, layers=2) for masks in MASKED),
-    *(LayerCase((9, 4), layers=layers, dim=16, masks="partial") for layers in (1, 3, 4)),
-    *(LayerCase((6, 3), heads=heads, dim=5 * heads, masks="partial") for heads in (3, 4, 5, 6, 7)),
+    *(LayerCase((9, 4), layers=layers, dim=16, masks="partial") for layers in (1, 4)),
+    *(LayerCase((6, 3), heads=heads, dim=5 * heads, masks="partial") for heads in (3, 7)),
     LayerCase((6, 3), heads=8, dim=8, masks="mixed"),
     LayerCase((4, 9), heads=1, dim=17, classes=1),
     LayerCase((3, 7, 2), dim=12, layers=2, masks="partial"),
@@ -50,10 +50,8 @@ CASES = [
     LayerCase((1, 1), "i2moe", dim=12),
     # The losses of two samples are four numbers, whose errors in half precision are chance: more samples.
     LayerCase((5, 5), "i2moe", batch=8, layers=3, dim=16),
-    LayerCase((4, 4, 4), "i2moe", layers=4, dim=12, heads=3),
     LayerCase((4, 4, 4), "i2moe", layers=2, dim=12, masks="padded_modality"),
     LayerCase((4, 4), "i2moe", layers=2, dim=12, masks="partial"),
-    LayerCase((3,) * 4, "i2moe", dim=20, heads=5, layers=2),
     LayerCase((2,) * 5, "i2moe", dim=16, heads=8),
 ]
 LARGE = [
@@ -65,10 +63,7 @@ LARGE = [
 SPARSE = [
     *(dataclasses.replace(SPARSE_FL, gate=gate, masks="partial") for gate in GATES),
     *(dataclasses.replace(SPARSE_I2, gate=gate) for gate in GATES),
-    *(
-        dataclasses.replace(SPARSE_FL, masks=masks)
-        for masks in ("none", "padded_modality", "numbers")
-    ),
+    *(dataclasses.replace(SPARSE_FL, masks=masks) for masks in ("none", "padded_modality")),
     *(
         dataclasses.replace(SPARSE_FL, gate=gate, capacity=0.4, masks="mixed")
         for gate in GATES[1:3]
@@ -82,18 +77,20 @@ SPARSE = [
 ]
 # As many choices as experts: rows that rounding sends to another expert cannot be compared.
 ALL_CHOSEN = dataclasses.replace(SPARSE_FL, gate="NaiveGate", mlp_experts=2, masks="partial")
+# Those in bfloat16 that are not slow: masks, an odd number of heads, learned positions.
+QUICK = (CASES[2], CASES[4], CASES[9], CASES[-2])
 CALLS = [
-    *((case, dtype, True) for case in CASES for dtype in (torch.float32, torch.bfloat16)),
+    *((case, torch.float32, True) for case in (*CASES, *LARGE, *SPARSE)),
+    *((case, torch.bfloat16, True) for case in QUICK),
     *(
         pytest.param(case, dtype, True, marks=pytest.mark.slow)
         for case in CASES
-        for dtype in (torch.float64, torch.float16)
+        for dtype in (torch.float64, *HALF)
+        if dtype != torch.bfloat16 or case not in QUICK
     ),
-    *((case, dtype, True) for case in LARGE for dtype in (torch.float32, torch.bfloat16)),
-    *((case, torch.float32, True) for case in SPARSE),
-    *((case, torch.float64, True) for case in (*SPARSE[:4], *SPARSE[11:14])),
+    *((case, torch.float64, True) for case in SPARSE[:2]),
     *((ALL_CHOSEN, dtype, True) for dtype in HALF),
-    *((case, torch.float32, False) for case in (SPARSE[0], SPARSE_FL)),
+    (SPARSE_FL, torch.float32, False),
 ]
 
 
@@ -103,16 +100,9 @@ def test_matches_the_reference(case: LayerCase, dtype: torch.dtype, training: bo
     assert_layer_within_budget(case, layer if training else layer.eval(), dtype)
 
 
-DENSE_PATHS = ("norm2.bias", "attn.kv.weight", "mlp.network.0.bias")
-SPARSE_PATHS = ("mlp.gate.gate.bias", "mlp.experts.htoh4.bias", "mlp.experts.h4toh.weight")
-
-
 @pytest.mark.parametrize(
     ("case", "path"),
-    [
-        *((case, path) for case in (FL, I2) for path in DENSE_PATHS),
-        *((SPARSE_FL, path) for path in SPARSE_PATHS),
-    ],
+    [(FL, "attn.kv.weight"), (I2, "norm2.bias"), (SPARSE_FL, "mlp.gate.gate.bias")],
     ids=str,
 )
 def test_a_wrong_parameter_fails(case: LayerCase, path: str) -> None:
@@ -125,41 +115,17 @@ def test_a_wrong_parameter_fails(case: LayerCase, path: str) -> None:
         assert_layer_within_budget(case, layer, torch.float32)
 
 
-def test_wrong_masks_and_noise_fail() -> None:
-    case = dataclasses.replace(FL, masks="partial")
-    x, masks, noise = data(case)
-    exact = case.reference().double()
-    x64, noise64 = as_dtype(x, torch.float64), as_dtype(noise, torch.float64)
-    oracle = named_outputs(exact, exact(x64, masks, replacements=noise64))
-    low_layer = case.reference()
-    low = named_outputs(low_layer, low_layer(x, masks, replacements=noise))
-    layer = fast_layer(case)
-    flipped = [masks[0].clone(), masks[1]]
-    flipped[0][0, 0] = False
-    wrong = {
-        "no masks": layer(x, None, replacements=noise),
-        "one token fewer": layer(x, flipped, replacements=noise),
-        "noise of another expert": layer(x, masks, replacements=[*noise[1:], noise[0]]),
-        "modalities swapped": layer(x[::-1], masks[::-1], replacements=[n[::-1] for n in noise]),
-    }
-    for reason, result in wrong.items():
-        outputs = named_outputs(layer, result)
-        assert_outside_budget(
-            outputs["expert_latents"], low["expert_latents"], oracle["expert_latents"], reason
-        )
-        assert_outside_budget(outputs["losses"], low["losses"], oracle["losses"], reason)
-
-
 PADDED = LayerCase((6, 5), dim=16, batch=3, layers=2, masks="padded_sample")
 PADDED_SPARSE = [
-    dataclasses.replace(SPARSE_FL, gate=gate, capacity=0.6, masks="padded_sample") for gate in GATES
+    dataclasses.replace(SPARSE_FL, gate=gate, capacity=0.6, masks="padded_sample")
+    for gate in ("GShardGate", "NoisyGate")
 ]
 
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        *((PADDED, dtype) for dtype in (torch.float32, *HALF)),
+        *((PADDED, dtype) for dtype in (torch.float32, torch.bfloat16)),
         *((case, torch.float32) for case in PADDED_SPARSE),
     ],
     ids=str,
@@ -336,7 +302,7 @@ def test_float64_stays_under_autocast() -> None:
         assert torch.equal(layer.inference(x)[2], expected)
 
 
-@EVERY
+@pytest.mark.parametrize("case", [FL, SPARSE_FL], ids=str)
 def test_copies_and_pickles(case: LayerCase) -> None:
     layer = fast_layer(case).eval()
     x, masks, noise = data(case)

@@ -1,4 +1,4 @@
-"""Tests of `describe`: architectures that it reads, and layers that it refuses."""
+"""Tests of `describe`: layers that it refuses."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from flmoe_kernels.layers.interaction_moe.architecture import DropoutRates
-from flmoe_kernels.layers.interaction_moe.build import build_like
 from flmoe_kernels.layers.interaction_moe.structure import describe
 from flmoe_kernels.layers.parts import UnsupportedLayer
 from tests.support import lineage_sparse
-from tests.support.lineage import LateFusion, Linear, fl, i2, make_layer, make_sparse_layer
-from tests.support.lineage_sparse import GATES
+from tests.support.lineage import LateFusion, Linear, fl, make_layer, make_sparse_layer
 
 
 def expert(layer: nn.Module, e: int = 1) -> Any:
@@ -31,37 +28,6 @@ def mlp_of(layer: nn.Module) -> Any:
     return first(layer).mlp
 
 
-def test_describes_each_dropout_rate() -> None:
-    layer = make_layer(layers=2)
-    for experts in layer.interaction_experts:
-        part = experts.fusion_model.network[1]
-        drops = (part.attn.attn_drop, part.attn.proj_drop, part.dropout1, part.mlp.drop)
-        for i, drop in enumerate((*drops, part.dropout2)):
-            drop.p = i / 10
-    assert describe(layer).dropout == (
-        DropoutRates(0.5, 0.5, 0.5, 0.5, 0.5),
-        DropoutRates(0.0, 0.1, 0.2, 0.3, 0.4),
-    )
-
-
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("variant", [fl, i2])
-def test_a_built_reference_has_the_same_description(variant: Any, gate: str) -> None:
-    layer = make_sparse_layer(variant, gate, num_routers=2)
-    spec = describe(layer)
-    assert (spec.sparse.num_experts, spec.sparse.d_hidden, spec.sparse.num_routers) == (5, 32, 2)
-    assert spec.sparse.gate == gate.removeprefix("Addtional")
-    assert spec.sparse.top_k == (1 if gate == "SwitchGate" else 2)
-    assert spec.sparse.capacity == ((1.2, 2.4) if gate in GATES[1:3] else None)
-    assert [rates.mlp for rates in spec.dropout] == [0.0, 0.5, 0.0]
-    shapes = {key: tuple(value.shape) for key, value in layer.state_dict().items()}
-    assert list(spec.parameter_shapes().items()) == list(shapes.items()) or variant is i2
-    assert spec.parameter_shapes() == shapes
-    reference = build_like(spec)
-    reference.load_state_dict(layer.state_dict(), strict=True)
-    assert describe(reference) == spec
-
-
 def with_head(layer: nn.Module, head: nn.Module) -> None:
     expert(layer).network[2] = head
 
@@ -74,19 +40,12 @@ def set_rate(layer: nn.Module, rate: float) -> None:
     first(layer).mlp.drop.p = rate
 
 
-def parametrized(layer: nn.Module) -> None:
-    nn.utils.parametrize.register_parametrization(first(layer).attn.q, "weight", nn.Identity())
-
-
 class Adapted(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)
 
 
 BREAKS: list[tuple[Callable[[Any], Any], str]] = [
-    (lambda x: delattr(x, "num_modalities"), "num_modalities.*int.*None"),
-    (lambda x: setattr(x, "num_modalities", 1), "num_modalities.*at least 2"),
-    (lambda x: delattr(x, "interaction_experts"), "interaction_experts.*nothing"),
     (lambda x: x.interaction_experts.pop(0), "expected 4 experts.*got 3"),
     (
         lambda x: setattr(x.interaction_experts[1], "fusion_sparse", True),
@@ -97,12 +56,6 @@ BREAKS: list[tuple[Callable[[Any], Any], str]] = [
         r"experts\.1\.fusion_model.*LateFusion",
     ),
     (
-        lambda x: setattr(expert(x), "network", nn.Sequential(Linear(32, 3))),
-        "layers and a head, got 1",
-    ),
-    (lambda x: setattr(expert(x), "network", nn.Linear(2, 2)), "network.*Sequential.*Linear"),
-    (lambda x: with_head(x, nn.Linear(32, 3)), r"network\.2\.fc"),
-    (
         lambda x: with_head(x, Linear(16, 3)),
         r"network\.2\.fc\.weight: expected shape \(3, 32\), got \(3, 16\)",
     ),
@@ -111,18 +64,11 @@ BREAKS: list[tuple[Callable[[Any], Any], str]] = [
     (lambda x: set_rate(x, 0.4), r"experts\.1: dropout"),
     (lambda x: setattr(first(x), "self_attn", False), "cross-attention"),
     (lambda x: setattr(first(x), "norm2", nn.RMSNorm(16)), "norm2.*RMSNorm"),
-    (lambda x: setattr(first(x), "norm2", nn.LayerNorm(8)), r"norm2.*16, got \(8,\)"),
-    (
-        lambda x: setattr(first(x), "norm2", nn.LayerNorm(16, elementwise_affine=False)),
-        "norm2.*affine",
-    ),
     (lambda x: setattr(first(x), "norm1", nn.LayerNorm(16, bias=False)), "norm1.*affine"),
     (lambda x: setattr(first(x).norm2, "eps", 1e-3), "norm2: eps is 0.001"),
-    (lambda x: setattr(first(x).attn, "num_heads", 3), "num_heads.*divisor of 16, got 3"),
     (lambda x: heads(first(x), 4), r"layers differ in num_heads, \[2, 4\]"),
     (lambda x: setattr(first(x).attn, "scale", 1.0), "scale.*0.353553, got 1.0"),
     (lambda x: setattr(first(x).attn, "q", nn.Linear(16, 16)), "attn.q.*bias"),
-    (lambda x: setattr(first(x).attn, "kv", nn.Linear(16, 32)), "attn.kv.*bias"),
     (
         lambda x: setattr(first(x).attn, "proj", nn.Linear(16, 16, bias=False)),
         "attn.proj: has no bias",
@@ -132,34 +78,21 @@ BREAKS: list[tuple[Callable[[Any], Any], str]] = [
         "attn.proj: expected Linear, got .*Adapted",
     ),
     (lambda x: setattr(first(x), "dropout1", nn.Identity()), "dropout1.*Identity"),
-    (lambda x: first(x).mlp.network.append(nn.ReLU()), "Linear, GELU, Dropout, Linear"),
     (lambda x: first(x).mlp.network.__setitem__(1, nn.ReLU()), "GELU, got ReLU"),
     (lambda x: first(x).mlp.network.__setitem__(1, nn.GELU(approximate="tanh")), "exact erf"),
     (
         lambda x: first(x).mlp.network.__setitem__(0, nn.Linear(16, 64)),
         r"network\.0\.weight: expected shape \(32, 16\), got \(64, 16\)",
     ),
-    (lambda x: x.register_parameter("g", param(2)), "g: an unexpected parameter"),
     (lambda x: first(x).register_buffer("b", param(2).data), "b: an unexpected"),
-    (parametrized, "attn.q.*Linear|unexpected parameter"),
-    (lambda x: first(x).norm1.bfloat16(), "differ in dtype.*bfloat16"),
-    (lambda x: first(x).norm1.to("meta"), "differ in device.*meta"),
     (lambda x: setattr(first(x), "forward", print), "forward: replaced"),
-    (lambda x: setattr(x, "inference", print), "inference: replaced"),
     (lambda x: setattr(x.reweight, "temperature", 0), "temperature.*positive"),
-    (lambda x: x.reweight.mlp.network.append(nn.ReLU()), "any number of ReLU"),
     (lambda x: x.reweight.mlp.network.__setitem__(1, nn.GELU()), "ReLU, got GELU"),
-    (lambda x: delattr(x, "reweight"), "reweight.*nothing"),
-    (
-        lambda x: x.reweight.mlp.network.__setitem__(0, nn.Linear(31, 20)),
-        r"expected shape \(20, 32\), got \(20, 31\)",
-    ),
     (
         lambda x: setattr(expert(x), "pos_embed", param(1, 7, 16)),
         r"pos_embed.*2 \* tokens.*\(1, 7, 16\)",
     ),
     (lambda x: setattr(expert(x), "pos_embed", param(1, 8, 16)), "compat is i2"),
-    (lambda x: setattr(expert(x), "pos_embed", "learned"), "pos_embed.*str"),
 ]
 
 
@@ -179,10 +112,6 @@ def no_bias(layer: Any) -> None:
     mlp_of(layer).gate.gate.bias = None
 
 
-def tanh(layer: Any) -> None:
-    mlp_of(layer).experts.activation = nn.GELU(approximate="tanh")
-
-
 def dense_first(layer: Any) -> None:
     zero, one = (expert(layer).network[i] for i in (0, 1))
     zero.mlp, one.mlp = one.mlp, zero.mlp
@@ -193,19 +122,13 @@ def roomier(layer: Any) -> None:
         router.capacity = (1.0, 2.0)
 
 
-def narrower(layer: Any) -> None:
-    first(layer).mlp = lineage_sparse.make_mlp(num_expert=5, dim=16, hidden=24)
-
-
 SPARSE_BREAKS: list[tuple[Callable[[Any], Any], str]] = [
     (
         lambda x: setattr(mlp_of(x), "__class__", OtherMLP),
         "expected FMoETransformerMLP as the sparse MLP, got OtherMLP",
     ),
     (lambda x: setattr(mlp_of(x).experts, "activation", nn.ReLU()), "GELU.*got relu"),
-    (tanh, "exact erf, got gelu_tanh"),
     (no_bias, r"all_gates\.0\.gate: has no bias"),
-    (narrower, r"mlp\.d_hidden: expected 32, got 24"),
     (dense_first, r"sparse MLPs in layers \[1, 2\], expected none or \[0, 2\]"),
     (
         roomier,

@@ -5,24 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
-from collections import OrderedDict
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
-from flmoe_kernels import FusionTransformer, InteractionMoE, PairInteractionMoE
+from flmoe_kernels import FusionTransformer, InteractionMoE
 from flmoe_kernels.layers.interaction_moe import fusion, reference
 from flmoe_kernels.layers.parts import UnsupportedLayer
-from tests.support.inputs import draw
 from tests.support.layers import FL, I2, SPARSE_FL, LayerCase, data, fast_layer, named_outputs
-from tests.support.routed_layers import D, make
 
 SPARSE = dataclasses.replace(SPARSE_FL, layers=1, gate="NaiveGate")
-CASES = [FL, I2, SPARSE]
 
 
 class Inference(nn.Module):
@@ -45,8 +39,7 @@ def cold(case: LayerCase) -> tuple[InteractionMoE, list[Tensor], Tensor]:
     return layer, x, copy.deepcopy(layer).inference(x)[2]
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "strict"), [(FL, True), (I2, False), (SPARSE, False)], ids=str)
 def test_a_layer_is_exported_before_its_first_call(case: LayerCase, strict: bool) -> None:
     layer, x, expected = cold(case)
     program = torch.export.export(Inference(layer), tuple(x), strict=strict)
@@ -54,9 +47,8 @@ def test_a_layer_is_exported_before_its_first_call(case: LayerCase, strict: bool
     torch.testing.assert_close(layer.inference(x)[2], expected)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_layer_is_traced_before_its_first_call(case: LayerCase) -> None:
-    layer, x, expected = cold(case)
+def test_a_layer_is_traced_before_its_first_call() -> None:
+    layer, x, expected = cold(FL)
     with torch.no_grad():
         traced = torch.jit.trace(Inference(layer), tuple(x))
         torch.testing.assert_close(traced(*x), expected)
@@ -117,18 +109,6 @@ def test_replicas_of_data_parallel(case: LayerCase) -> None:
         replica_of(layer).inference(x)
 
 
-def test_dictionaries_of_hooks_may_be_replaced() -> None:
-    """As programs do it that remove all hooks."""
-    layer, x, expected = cold(FL)
-    layer.inference(x)
-    for part in layer.modules():
-        part._forward_hooks = OrderedDict()
-    torch.testing.assert_close(layer.inference(x)[2], expected)
-    encoder(layer).attn.q.register_forward_hook(lambda *_: None)
-    with pytest.raises(UnsupportedLayer, match=r"attn\.q: has a forward hook"):
-        layer.inference(x)
-
-
 class Halved(torch.Tensor):
     """A weight whose linear map differs, as of weight-only quantization."""
 
@@ -138,11 +118,9 @@ class Halved(torch.Tensor):
         return out * 0.5 if func is torch.nn.functional.linear else out
 
 
-@pytest.mark.parametrize("warm", [False, True])
-def test_tensor_subclasses_with_functions_of_their_own_are_refused(warm: bool) -> None:
+def test_tensor_subclasses_with_functions_of_their_own_are_refused() -> None:
     layer, x, _ = cold(FL)
-    if warm:
-        layer.inference(x)
+    layer.inference(x)
     linear = encoder(layer).attn.q
     linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Halved), requires_grad=False)
     with pytest.raises(UnsupportedLayer, match=r"attn\.q\.weight: .*Halved"):
@@ -163,12 +141,8 @@ def test_a_template_with_a_forward_of_its_own_is_refused() -> None:
     ("kind", "name"),
     [
         (fusion.EncoderLayer, "forward"),
-        (fusion.Attention, "forward"),
-        (fusion.ReferenceFusionTransformer, "gate_loss"),
         (reference.InteractionExpert, "forward_multiple"),
         (nn.LayerNorm, "forward"),
-        (nn.GELU, "forward"),
-        (nn.LayerNorm, "__call__"),
     ],
 )
 def test_methods_replaced_on_a_class_are_refused(
@@ -191,33 +165,16 @@ def shapes_of_experts(layer: Any) -> None:
             setattr(linear, name, nn.Parameter(torch.cat([value, value]).detach()))
 
 
-def rows_of_a_gate(layer: Any) -> None:
-    gate = encoder(layer).mlp.gate.gate
-    gate.weight = nn.Parameter(torch.cat([gate.weight, gate.weight]).detach())
-    gate.bias = nn.Parameter(torch.cat([gate.bias, gate.bias]).detach())
-
-
 def rows_of_q_and_kv(layer: Any) -> None:
     attn = encoder(layer).attn
     attn.q.weight, attn.kv.weight = attn.kv.weight, attn.q.weight
-
-
-def longer_positions(layer: Any) -> None:
-    for expert in layer.interaction_experts:
-        expert.fusion_model.pos_embed = nn.Parameter(draw(1, 16, 16))
-
-
-def one_in_float64(layer: Any) -> None:
-    encoder(layer).mlp.double()
 
 
 @pytest.mark.parametrize(
     ("case", "change", "message"),
     [
         (SPARSE, shapes_of_experts, r"experts\.1.*mlp"),
-        (SPARSE, rows_of_a_gate, r"experts\.1.*mlp"),
         (FL, rows_of_q_and_kv, r"attn\.q\.weight: expected shape \(16, 16\), got \(32, 16\)"),
-        (FL, one_in_float64, "parameters differ in dtype"),
         (I2, lambda x: setattr(x.interaction_experts[1].fusion_model, "pos_embed", None), "compat"),
     ],
 )
@@ -230,18 +187,6 @@ def test_parameters_of_another_shape_are_refused_by_name(
     for _ in range(2):
         with pytest.raises(UnsupportedLayer, match=message):
             layer.inference(x)
-
-
-def test_more_positions_are_more_tokens() -> None:
-    layer, x, _ = cold(I2)
-    layer.inference(x)
-    longer_positions(layer)
-    with pytest.raises(ValueError, match="expected 8 tokens, the number of positions, got 6"):
-        layer.inference(x)
-    more = [draw(3, 8, 16), draw(3, 8, 16, seed=1)]
-    found = layer.inference(more)[2]
-    layer.backend = "reference"
-    torch.testing.assert_close(found, layer.inference(more)[2])
 
 
 def test_modes_of_parts_are_adopted() -> None:
@@ -258,24 +203,6 @@ def test_modes_of_parts_are_adopted() -> None:
     assert not encoder(layer).dropout1.training
 
 
-def test_an_explanation_is_of_the_pruned_head() -> None:
-    torch.manual_seed(0)
-    layer = PairInteractionMoE((6, 4), num_classes=3)
-    x = [draw(2, 5, 6), draw(2, 3, 4)]
-    prune.l1_unstructured(layer, "head", 0.5)
-    layer(x)
-    with torch.no_grad():
-        layer.head_orig.mul_(-3)
-    explanation = layer.explain(x, target=1)
-    torch.testing.assert_close(explanation.logits[:, 1], layer(x).logits[:, 1])
-
-
-def test_numbers_of_numpy_are_accepted() -> None:
-    template = FusionTransformer(2, 16, 3, 1, num_heads=np.int64(2))
-    layer = InteractionMoE(np.int64(2), template, False, 16, 16, 2, np.float32(0.5))
-    layer.eval().inference(FL.inputs())
-
-
 def test_wrong_arguments_of_the_constructor_are_named() -> None:
     template = FusionTransformer(2, 16, 3, 1)
     with pytest.raises(
@@ -288,18 +215,3 @@ def test_wrong_arguments_of_the_constructor_are_named() -> None:
         InteractionMoE(3, template, hidden_dim=16)
     with pytest.raises(ValueError, match="backend: expected one of reference, cpu, triton, cuda"):
         InteractionMoE(2, template, hidden_dim=16, backend="gpu")
-
-
-def test_a_head_without_parameters_yet_is_refused() -> None:
-    published = FL.reference()
-    published.interaction_experts[1].fusion_model.network[-1].fc = nn.LazyLinear(3)
-    with pytest.raises(
-        UnsupportedLayer, match=r"fc: LazyLinear has no parameters before its first"
-    ):
-        InteractionMoE.adopt(published)
-
-
-def test_pruned_experts_may_be_converted() -> None:
-    mlp = make("NaiveGate")
-    prune.l1_unstructured(mlp.experts.htoh4, "weight", 0.5)
-    assert mlp.double()(draw(3, D, dtype=torch.float64)).dtype == torch.float64

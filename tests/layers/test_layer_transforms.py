@@ -1,4 +1,4 @@
-"""Tests of layers under torch.func: masks, ensembles, randomness, gate losses."""
+"""Tests of layers under torch.func: masks, ensembles, randomness."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, vmap
 
-from flmoe_kernels import FusionTransformer, InteractionMoE, RoutedMLP, expert_attention
+from flmoe_kernels import InteractionMoE, RoutedMLP, expert_attention
 from tests.support.inputs import cumulative
 from tests.support.layers import LayerCase
 from tests.support.pair_layers import pair_inputs, pair_layer
@@ -69,32 +69,13 @@ def test_ensembles_with_stacked_parameters(name: str) -> None:
 
 
 def random_layers() -> dict[str, tuple[nn.Module, Sequence[Tensor]]]:
-    class Noisy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.pairs = pair_layer()
-
-        def forward(self, *x: Tensor) -> Tensor:
-            return self.pairs(list(x), interaction_losses=True).losses
-
     class Attention(nn.Module):
         def forward(self, q: Tensor) -> Any:
             return expert_attention(q, q, q, cumulative([6]), dropout_p=0.5)
 
-    class Fusion(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fusion = FusionTransformer(2, 4, 3, dropout=0.5).double()
-
-        def forward(self, *x: Tensor) -> Tensor:
-            return self.fusion(list(x))[0]
-
     return {
         "dropout of attention": (Attention(), numbers((6, 2, 4))),
-        "dropout of a layer": (Fusion(), numbers((2, 3, 4), (2, 3, 4))),
-        "noise of the views": (Noisy(), pair_inputs((3, 2))),
         "noise of a gate": (make("NoisyGate").double(), numbers((5, 16))),
-        "jitter of a gate": (make("SwitchGate").double(), numbers((5, 16))),
     }
 
 
@@ -115,23 +96,3 @@ def test_randomness_under_vmap(name: str) -> None:
     same, different = run("same"), run("different")
     torch.testing.assert_close(same[0], same[1], rtol=1e-12, atol=1e-12)
     assert not torch.allclose(different[0], different[1])
-
-
-def test_gate_losses_end_with_a_transform() -> None:
-    """Training calls in a transform add up there; the next one outside, or in another transform, starts anew."""
-    mlp, (x,) = make().double(), numbers((5, 16))
-    mlp(x)
-    loss = mlp.gate_loss()
-
-    def twice(x: Tensor) -> tuple[Tensor, Tensor]:
-        result = mlp(x).sum() + mlp(x).sum()
-        return result, mlp.gate_loss(clear=False)
-
-    for _ in range(2):
-        _, inside = grad(twice, has_aux=True)(x)
-        torch.testing.assert_close(inside, 2 * loss.detach())
-    mlp(x)
-    torch.testing.assert_close(mlp.gate_loss(), loss)
-    vmap(mlp)(torch.stack([x, 2 * x]))
-    mlp(x)
-    torch.testing.assert_close(mlp.gate_loss(), loss)

@@ -59,7 +59,6 @@ def test_expert_names() -> None:
     assert layer.pair_experts[1] == ("synergy", "unique_2", "null", "unique_0", "synergy_2")
     layer = pair_layer((2, 2, 2), kinds=("unique_a", "unique_a", "unique_b"))
     assert layer.experts == ("unique_0", "unique_1", "unique_2", "unique_0_2", "unique_1_2")
-    assert "kinds=('unique_a', 'unique_a', 'unique_b')" in repr(layer)
 
 
 @EACH_BACKEND
@@ -262,25 +261,6 @@ def test_copies_pickles_and_checkpoints() -> None:
     assert torch.equal(layer(x).logits, expected)
 
 
-def test_repr_shows_what_is_not_default() -> None:
-    plain = repr(PairInteractionMoE([4, 3], num_classes=2))
-    assert "(4, 3), num_classes=2" in plain
-    for word in ("top_k", "temperature", "token_outputs", "backend"):
-        assert word not in plain
-    layer = pair_layer(top_k=2, temperature=0.5, token_outputs=True, backend="reference")
-    shown = ", normalizer=5, top_k=2, temperature=0.5, token_outputs=True, backend='reference'"
-    assert shown in repr(layer)
-
-
-def test_initialisation() -> None:
-    layer = PairInteractionMoE([16, 8], num_classes=20)
-    assert (layer.gate_bias == 0).all()
-    for parameter in (layer.head, layer.bias):
-        assert 0.1 < float(parameter.detach().abs().max()) <= 64**-0.5
-    assert all(0.3 < float(anchor.detach().std()) < 2 for anchor in layer.anchors)
-    assert all(parameter.isfinite().all() for parameter in layer.parameters())
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype: torch.dtype) -> None:
     layer = pair_layer(dtype=torch.float32, backend="cpu")
@@ -295,20 +275,6 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert layer.gate_bias.grad.dtype == torch.float32
     best = expected.logits.max(dim=1).values
     torch.testing.assert_close(explanation.value, best)
-
-
-def test_autocast_casts_only_autocast_dtypes() -> None:
-    layer = pair_layer(dtype=torch.float32)
-    a, b = pair_inputs((6, 5), dtype=torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer([a, b.float()]).logits.isfinite().all()
-        for wrong in (torch.zeros(2, 6, 5, dtype=torch.int64), a.double(), a > 0):
-            message = rf"inputs\[0\]: expected dtype torch\.float32 .*got {wrong.dtype}"
-            for call in (layer, layer.explain):
-                with pytest.raises(TypeError, match=message):
-                    call([wrong, b])
-        with pytest.raises(TypeError, match=r"replacements\[0\]: expected dtype torch\.float32"):
-            layer([a, b], interaction_losses=True, replacements=[a.long(), b])
 
 
 @EACH_BACKEND

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from flmoe_kernels.layers.pair_interaction_moe import sides
 from flmoe_kernels.ops.pair_moe.api import TopPairs
 from tests.support.explain_games import index_of
 from tests.support.inputs import draw_masks
@@ -47,31 +43,9 @@ def test_brute_force_over_all_coalitions(name: str, backend: str) -> None:
     assert float(pairs.abs().max()) > 0.01
 
 
-@EACH_BACKEND
-@pytest.mark.parametrize("name", GAMES)
-def test_the_game_is_2_additive(name: str, backend: str) -> None:
-    """The game's Moebius transform is phi for pairs and 0 for larger sets."""
-    played = game(name, backend)
-    n = played.players
-    moebius = played.values.clone()
-    for i in range(n):
-        with_i = torch.tensor([s for s in range(2**n) if s >> i & 1])
-        moebius[with_i] -= moebius[with_i ^ (1 << i)]
-    sizes = torch.tensor([s.bit_count() for s in range(2**n)])
-    assert float(moebius[sizes > 2].abs().max()) < 1e-12
-    found = played.explain()
-    pairs = explained_pairs(found)
-    for i, j in itertools.combinations(range(n), 2):
-        torch.testing.assert_close(moebius[1 << i | 1 << j], pairs[i, j], **TIGHT)
-    alone = torch.cat([found.anchor_map(m)[0] for m in range(len(found.lengths))], dim=1)
-    for i in range(n):
-        torch.testing.assert_close(moebius[1 << i, :-1], alone[:, i], **TIGHT)
-
-
-@pytest.mark.parametrize("name", GAMES)
-def test_shapiqs_exact_computer(name: str) -> None:
+def test_shapiqs_exact_computer() -> None:
     shapiq = pytest.importorskip("shapiq")
-    played = game(name, "cpu")
+    played = game("masked", "cpu")
     n = played.players
     whole = played.values[:, -1].numpy()
     bits = 2 ** torch.arange(n).numpy()
@@ -133,7 +107,7 @@ def test_maps_of_absent_experts_are_zero(backend: str) -> None:
 
 @EACH_BACKEND
 @pytest.mark.parametrize("largest", [True, False], ids=["largest", "smallest"])
-@pytest.mark.parametrize(("m", "n"), [(0, 1), (1, 0), (0, 2), (2, 1)])
+@pytest.mark.parametrize(("m", "n"), [(0, 1), (2, 0)])
 def test_top_pairs_are_the_extremes_of_the_map(m: int, n: int, largest: bool, backend: str) -> None:
     lengths = (9, 7, 5)
     layer = pair_layer(DIMS, backend=backend)
@@ -164,25 +138,6 @@ def test_top_pairs_are_the_extremes_of_the_map(m: int, n: int, largest: bool, ba
             assert int(real.sum()) == min(int(valid[b].sum()), count)
             assert valid[b][i[b][real], j[b][real]].all(), "anchors and padding are excluded"
             torch.testing.assert_close(maps[b][i[b][real], j[b][real]], values[b][real])
-
-
-def test_maps_are_computed_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    widths = []
-    original = sides.pair_map
-
-    def spy(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        widths.append(k.shape[2])
-        return original(q, k, *args, **kwargs)
-
-    monkeypatch.setattr(sides, "pair_map", spy)
-    found = pair_layer(DIMS, backend="cpu").explain(pair_inputs((9, 7, 5)))
-    found.shapley_values()
-    found.expert_share()
-    found.top_pairs(3)
-    found.to_dict()
-    assert set(widths) == {1}
-    found.pair_map()
-    assert widths[-1] == 7
 
 
 @EACH_BACKEND
@@ -255,10 +210,8 @@ def test_it_does_not_change_with_the_callers_tensors() -> None:
     for each in (*x, *masks, target):
         each.zero_()
     # Changes of returned tensors do not change it either.
-    for m in range(3):
-        found.anchor_map(m).fill_(7.0)
-        for each in (*found.shapley_values(), *found.shapley_values("synergy")):
-            each.fill_(7.0)
+    for each in (*found.shapley_values(), found.anchor_map(0)):
+        each.fill_(7.0)
     found.pair_map().fill_(7.0)
     for other in (found, mine):
         assert other.to_dict() == again.to_dict()
@@ -292,13 +245,8 @@ def test_the_identities_hold_in_half_precision(dtype: torch.dtype, backend: str)
     )
 
 
-def test_names() -> None:
+def test_the_table_of_an_explanation() -> None:
     found = pair_layer(DIMS).explain(pair_inputs((3, 2, 1)))
-    assert (found.token_index, found.pair_index) == ("SV", "SII")
-    assert repr(found) == (
-        "PairExplanation(SV of tokens and SII of token pairs, 2 samples; modalities 0: 3 tokens, "
-        "1: 2 tokens, 2: 1 tokens; experts unique_0, unique_1, unique_2, synergy, redundancy)"
-    )
     table = json.loads(json.dumps(found.to_dict()))
     assert table["experts"] == list(found.experts)
     assert table["tokens_per_modality"] == [3, 2, 1]
@@ -310,13 +258,9 @@ def test_mistakes() -> None:
     layer, x = pair_layer(), pair_inputs((3, 2))
     for target, error, message in (
         (3, ValueError, r"target: expected an int from 0 to 2, got 3"),
-        (-1, ValueError, r"target: expected an int from 0 to 2, got -1"),
         (True, TypeError, r"target: expected an int, got bool"),
-        (np.True_, TypeError, r"target: expected an int, got bool"),
-        (2.0, TypeError, r"target: expected an int, got float"),
         ([True, False], TypeError, r"target: expected integers, got torch\.bool"),
         (torch.tensor([0, 1, 2]), ValueError, r"target: expected shape \(2,\), got \(3,\)"),
-        (torch.tensor([0.0, 1.0]), TypeError, r"target: expected integers, got torch\.float32"),
         (torch.tensor([0, 3]), ValueError, r"target: expected values from 0 to 2, got 0 to 3"),
     ):
         with pytest.raises(error, match=message):
@@ -327,10 +271,8 @@ def test_mistakes() -> None:
     found = layer.explain(x)
     for call, message in (
         (lambda: found.shapley_values("xor"), r"expert: expected one of unique_0.*got 'xor'"),
-        (lambda: found.shapley_values(4), r"expert: expected an int from 0 to 3, got 4"),
         (lambda: found.pair_map(0, 2), r"n: expected an int from 0 to 1, got 2"),
         (lambda: found.pair_map(1, 1), r"n: expected a modality other than m = 1"),
-        (lambda: found.anchor_map(-1), r"m: expected an int from 0 to 1, got -1"),
         (lambda: found.top_pairs(0), r"n_pairs: expected an int from 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -361,10 +303,3 @@ def test_top_pairs_of_a_huge_number_and_near_ties() -> None:
     assert not some.near_ties[:, absent].any(), (
         "an expert that the pair of modalities does not have"
     )
-
-
-def test_printed_outputs_have_shapes() -> None:
-    out = pair_layer()(pair_inputs((3, 2)))
-    assert repr(out).startswith("PairOutput(logits (2, 3) float64, expert_logits (2, 4, 3) float64")
-    assert "mass [(2, 4, 4) float64]" in repr(out)
-    assert "losses None" in repr(out)

@@ -80,44 +80,15 @@ def test_regularizers_are_the_sums_over_pairs(
 
 
 @ALL
-def test_special_latents(regularizer: Any) -> None:
-    def check(latents: Tensor, expected: float | None = None) -> None:
-        ours, oracle = (latents.clone().requires_grad_() for _ in range(2))
-        results = [f(x) for f, x in ((regularizer, ours), (PAIRS[regularizer], oracle))]
-        torch.testing.assert_close(*results, rtol=0, atol=1e-10)
-        if expected is not None:
-            assert results[0].item() == pytest.approx(expected, abs=1e-6)
-        for result in results:
-            if result.requires_grad:
-                result.backward()
-        assert ours.grad.isfinite().all()
-        expected_gradient = torch.zeros_like(latents) if oracle.grad is None else oracle.grad
-        torch.testing.assert_close(ours.grad, expected_gradient, rtol=1e-8, atol=1e-10)
-
-    for batch, width in ((3, 8), (9, 4)):
-        latents = draw(4, batch, width, dtype=torch.float64)
-        same = latents[:1].expand(3, -1, -1).clone()
-        check(same, None if regularizer is rep_barlow else 1.0)
-        check(latents[:1], 0.0)  # one expert
-        constant = latents.clone()
-        constant[..., 1] = 0.25  # a feature whose standard deviation is 0
-        check(constant)
-        one = latents[:, :1]  # one sample
-        check(one, None if regularizer is rep_cos else 0.0)
-    # One feature: no off-diagonal element; the cosine is a sign; CKA is the squared correlation.
-    expected = {rep_barlow: 0.0, rep_cos: 1.0, rep_cka: None}[regularizer]
-    check(draw(3, 5, 1, dtype=torch.float64), expected)
-
-
-@ALL
-def test_gradients_of_constant_latents_are_finite(regularizer: Any) -> None:
+def test_gradients_of_special_latents_are_finite(regularizer: Any) -> None:
     for dtype in DTYPES:
         for batch, width in ((3, 8), (9, 4)):
             latents = draw(3, batch, width, dtype=dtype)
             latents[1] = 0
             constant = draw(3, batch, width, dtype=dtype)
             constant[..., 1] = 0.1  # whose mean over the batch may be rounded
-            for x in (latents, constant, torch.zeros_like(latents)):
+            one_sample = constant[:, :1]
+            for x in (latents, constant, one_sample, torch.zeros_like(latents)):
                 x = x.clone().requires_grad_()
                 value = regularizer(x)
                 value.backward()
@@ -136,13 +107,12 @@ def test_gradients_of_second_order(regularizer: Any) -> None:
 @ALL
 def test_regularizers_compile_without_a_break(regularizer: Any) -> None:
     compiled = torch.compile(regularizer, fullgraph=True, backend="aot_eager")
-    for shape in ((3, 4, 8), (3, 5, 8), (3, 9, 4)):
-        results = []
-        for call in (regularizer, compiled):
-            experts = [z.requires_grad_() for z in draw(*shape)]
-            loss = call(experts)
-            results.append([loss.detach(), *torch.autograd.grad(loss, experts)])
-        torch.testing.assert_close(results[1], results[0])
+    results = []
+    for call in (regularizer, compiled):
+        experts = [z.requires_grad_() for z in draw(3, 9, 4)]
+        loss = call(experts)
+        results.append([loss.detach(), *torch.autograd.grad(loss, experts)])
+    torch.testing.assert_close(results[1], results[0])
 
 
 @ALL
@@ -173,15 +143,12 @@ Z = draw(2, 3, 4)
 MISTAKES: list[tuple[Any, type[Exception], str]] = [
     (3.0, TypeError, "latents: expected a Tensor, got float"),
     ([], ValueError, "latents: expected at least one expert, got none"),
-    ([Z[0], 1], TypeError, "latents[1]: expected a Tensor, got int"),
-    ([Z], ValueError, "latents[0]: expected (B, d), got (2, 3, 4)"),
     (
         [Z[0], Z[1, :2]],
         ValueError,
         "latents[1]: expected (B, d) as latents[0] = (3, 4), got (2, 4)",
     ),
     ([Z[0], Z[1].double()], TypeError, "latents[1]: expected dtype torch.float32 as latents[0]"),
-    ([Z[0], Z[1].to("meta")], ValueError, "latents[1]: expected device cpu as latents[0]"),
     (Z.long(), TypeError, "latents: expected float32, float64, bfloat16 or float16, got"),
     (Z[0], ValueError, "latents: expected (E, B, d), none of them 0, got (3, 4)"),
     (Z[:, :0], ValueError, "latents: expected (E, B, d), none of them 0, got (2, 0, 4)"),
@@ -189,26 +156,17 @@ MISTAKES: list[tuple[Any, type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("latents", "error", "message"), MISTAKES)
-@ALL
-def test_wrong_latents(
-    regularizer: Any, latents: Any, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        regularizer(latents)
+def test_wrong_latents(latents: Any, error: type[Exception], message: str) -> None:
+    for regularizer in PAIRS:
+        with pytest.raises(error, match=re.escape(message)):
+            regularizer(latents)
 
 
-@pytest.mark.parametrize(
-    ("weights", "error", "message"),
-    [
-        ([0.5], TypeError, "weights: expected a Tensor, got list"),
-        (torch.ones(3, 2).long(), TypeError, "weights: expected a floating-point dtype"),
-        (torch.ones(2, 3), ValueError, "weights: expected (B, E) = (3, 2), got (2, 3)"),
-        (torch.ones(3, 2, device="meta"), ValueError, "weights: expected device cpu, got meta"),
-    ],
-)
-def test_wrong_weights(weights: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        rep_cos(Z, weights)
+def test_wrong_weights() -> None:
+    with pytest.raises(ValueError, match=r"weights: expected \(B, E\) = \(3, 2\), got \(2, 3\)"):
+        rep_cos(Z, torch.ones(2, 3))
+    with pytest.raises(TypeError, match="weights: expected a floating-point dtype"):
+        rep_cos(Z, torch.ones(3, 2).long())
 
 
 def test_warm_up() -> None:
@@ -216,12 +174,7 @@ def test_warm_up() -> None:
     assert [warmup_scale(epoch, length) for epoch in (0, 3) for length in (0, 1)] == [1.0] * 4
     assert warmup_scale(-1, 5) == 0.0
     assert warmup_scale(0.5, 2) == 0.5
-    for arguments, error, message in (
-        (("0", 5), TypeError, "epoch: expected a number, got str"),
-        ((float("nan"), 5), ValueError, "epoch: expected a finite number, got nan"),
-        ((0, 2.5), TypeError, "warmup_epochs: expected an int, got float"),
-        ((0, -1), ValueError, "warmup_epochs: expected an int from 0, got -1"),
-    ):
-        wrong: Any = arguments
-        with pytest.raises(error, match=message):
-            warmup_scale(*wrong)
+    with pytest.raises(ValueError, match="epoch: expected a finite number, got nan"):
+        warmup_scale(float("nan"), 5)
+    with pytest.raises(ValueError, match="warmup_epochs: expected an int from 0, got -1"):
+        warmup_scale(0, -1)

@@ -37,24 +37,6 @@ def test_losses_of_a_step_add_up(name: str) -> None:
         assert all(total != loss for loss in apart), "control: the loss of one call"
 
 
-def test_losses_without_gradients_replace_each_other() -> None:
-    gate, x, y = make("gshard"), draw(N, D), draw(N, D, seed=9)
-    of_x, of_y = call(gate, x)[2], call(gate, y)[2]
-    assert of_x != of_y
-
-    for training in (True, False):
-        gate.train(training)
-        with torch.set_grad_enabled(not training):
-            gate(y), gate(x)
-        assert gate.get_loss(clear=False) == of_x
-        assert gate.has_loss
-        gate.train()
-        gate(y)
-        loss = gate.get_loss()
-        assert loss == of_y, "it is not added to a training loss"
-        assert loss.requires_grad
-
-
 def test_an_evaluation_keeps_the_losses_of_a_training_step() -> None:
     gate, x, y = make("gshard"), draw(N, D), draw(N, D, seed=9)
     expected = call(gate, x)[2] + call(gate, y)[2]
@@ -99,10 +81,9 @@ def test_an_unread_loss_is_not_added_to_the_next_step(name: str) -> None:
     assert gate.get_loss() == expected, "the loss of a later evaluation"
 
 
-@every_gate
-def test_the_backward_pass_of_another_step_clears_no_losses(name: str) -> None:
+def test_the_backward_pass_of_another_step_clears_no_losses() -> None:
     """Overlapping steps: the second starts before the backward of the first."""
-    gate, x, y = make(name), draw(N, D), draw(N, D, seed=9)
+    gate, x, y = make("gshard"), draw(N, D), draw(N, D, seed=9)
     apart = [call(gate, part)[2] for part in (x, y)]
     first, of_first = gate(x).weight.square().sum(), gate.get_loss()
     torch.manual_seed(1)
@@ -116,53 +97,18 @@ def test_the_backward_pass_of_another_step_clears_no_losses(name: str) -> None:
     assert not gate.has_loss
 
 
-def test_which_backward_passes_end_a_step() -> None:
-    gate, x = make("gshard"), draw(N, D).requires_grad_()
-    of_x = call(gate, x)[2].detach()
-    out = objective(gate, x)
-    torch.autograd.grad(out, x, create_graph=True)
-    out = out + objective(gate, x)
-    assert gate.get_loss(clear=False) == 2 * of_x, "a penalty on gradients keeps the graph"
-    out.backward(retain_graph=True)
-    loss = gate.get_loss(clear=False)
-    assert loss == 2 * of_x, "read after the backward of the outputs"
-    loss.backward()
-    gate(x)
-    assert gate.get_loss(clear=False) == of_x
-    loss = gate.get_loss(clear=False)
-    loss.backward()
-    gate(x)
-    assert gate.get_loss() == of_x, "the backward of the loss alone ends a step"
-
-    for parameter in gate.parameters():
-        parameter.requires_grad_(False)
-    still = x.detach()
-    gate(still), gate(still)
-    loss = gate.get_loss()
-    assert loss == 2 * of_x
-    assert not loss.requires_grad
-
-
 def test_unread_losses_keep_no_graphs_alive() -> None:
     gate, x = make("gshard"), draw(4, D)
     first = draw(4, D).requires_grad_()
     graph = weakref.ref(first)
     out = objective(gate, first)
     del first
-    gc.collect()
     assert graph() is not None, "control: the graph is needed until then"
     out.backward()
     del out
     gate(x)
     gc.collect()
     assert graph() is None
-
-    held = make("noisy")
-    objective(held, x)
-    watched = weakref.ref(held)
-    del held
-    gc.collect()
-    assert watched() is None, "the graph does not keep the gate alive"
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -185,21 +131,6 @@ def test_checkpointing_does_not_count_twice(reentrant: bool) -> None:
 
     again = gradients(torch.utils.checkpoint.checkpoint(weights, x, use_reentrant=reentrant))
     torch.testing.assert_close(again, gradients(weights(x)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_zero_loss_stays_zero_with_infinite_logits(dtype: torch.dtype) -> None:
-    """NaiveGate's loss is 0, although sums of logits overflow in half precision and 0 times infinity is NaN."""
-    gate = NaiveGate(D, E).to(dtype)
-    with torch.no_grad():
-        gate.gate.bias.fill_(60000.0)
-        gate.gate.bias[0] = torch.inf
-    gate(torch.zeros(N, D, dtype=dtype))
-    loss = gate.get_loss()
-    assert loss.item() == 0.0
-    loss.backward()
-    assert not gate.gate.bias.grad.any()
-    assert variation(torch.full((1,), torch.inf)) == 0.0
 
 
 def hot(gate: Gate, dtype: torch.dtype, tokens: int = 70000) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
-from torch.utils.checkpoint import checkpoint
 
 from flmoe_kernels import BackendUnavailable, RoutedMLP
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
@@ -93,22 +91,16 @@ def test_agrees_with_the_published_module(gate: str) -> None:
         assert_outside_budget(mlp(x), own, exact, "a missing expert")
 
 
-@pytest.mark.parametrize("shape", [(D,), (1, D), (0, D), (2, 0, D), (7, D), (2, 3, 5, D)])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(D,), (0, D), (2, 3, 5, D)])
 @every_gate
-def test_any_leading_shape(gate: str, training: bool, shape: tuple[int, ...]) -> None:
-    mlp = make(gate).train(training)
+def test_any_leading_shape(gate: str, shape: tuple[int, ...]) -> None:
+    mlp = make(gate)
     out = mlp(draw(*shape).requires_grad_())
     assert out.shape == shape
     loss = mlp.gate_loss()
     assert bool(loss.isfinite())
     (out.sum() + loss).backward()
     assert all(bool(p.grad.isfinite().all()) for p in mlp.parameters() if p.grad is not None)
-
-
-def test_inputs_may_be_views() -> None:
-    mlp, x = make().eval(), draw(D, 6, 4)
-    torch.testing.assert_close(mlp(x.permute(2, 1, 0)), mlp(x.permute(2, 1, 0).contiguous()))
 
 
 @every_gate
@@ -226,47 +218,6 @@ def test_activations() -> None:
             activation_name(other)
 
 
-def test_many_calls_of_a_step_compile_once() -> None:
-    """FL-I2MoE calls a layer for every modality of every view; compiled code does not depend on their number."""
-    torch.compiler.reset()
-    mlp, x = make(), draw(9, D)
-    counter = CompileCounter()
-    compiled = torch.compile(mlp, fullgraph=True, backend=counter)
-    for step in range(3):
-        out = sum(compiled(x).square().sum() for _ in range(12))
-        loss = mlp.gate_loss()
-        torch.testing.assert_close(loss, 12 * alone(mlp, x))
-        (out + loss).backward()
-        if step == 0:
-            first = counter.frame_count
-    assert counter.frame_count == first <= 3
-
-
-def alone(mlp: RoutedMLP, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        mlp(x)
-    return mlp.gate_loss()
-
-
-@pytest.mark.parametrize("where", ["inside", "outside"])
-def test_compiled_code_and_checkpoints(where: str) -> None:
-    """Compiled code inside a checkpoint counts the loss again, hence the second get_loss; outside it does not."""
-    torch.compiler.reset()
-    mlp, head, x = make(), nn.Linear(D, D), draw(9, D)
-    part = torch.compile(mlp, backend="aot_eager") if where == "inside" else mlp
-
-    def whole(x: Tensor) -> Tensor:
-        return checkpoint(lambda z: head(part(z)).relu(), x, use_reentrant=False)
-
-    call = torch.compile(whole, backend="aot_eager") if where == "outside" else whole
-    expected = alone(mlp, x)
-    for _ in range(3):
-        out, loss = call(x).sum(), mlp.gate_loss()
-        torch.testing.assert_close(loss, expected)
-        (out + loss).backward()
-        assert (mlp.gate_loss() is None) == (where == "outside")
-
-
 @every_gate
 def test_autocast_is_that_of_linear(gate: str) -> None:
     mlp, x = make(gate), draw(11, D)
@@ -316,22 +267,13 @@ def test_moves_with_the_model() -> None:
 def test_mistakes() -> None:
     mlp = make()
     calls: list[tuple[type[Exception], str, Any]] = [
-        (TypeError, "inp: expected a Tensor, got list", lambda: mlp([1.0])),
         (ValueError, r"inp: expected \(\.\.\., 16\), got \(3, 15\)", lambda: mlp(draw(3, 15))),
         (TypeError, "inp: expected dtype torch.float32 as the", lambda: mlp(draw(3, D).double())),
-        (TypeError, "inp: expected a floating", lambda: mlp(torch.ones(3, D, dtype=torch.int64))),
         (ValueError, "mask: expected", lambda: mlp(draw(3, D), torch.ones(4, dtype=torch.bool))),
         (TypeError, "mask: expected bool", lambda: mlp(draw(3, D), torch.ones(3))),
         (ValueError, "gate: expected one of NaiveGate, .*'TopKGate'", lambda: make("TopKGate")),
-        (TypeError, "gate: expected a name, .* got Linear", lambda: make(nn.Linear)),
-        (
-            TypeError,
-            "gate: expected to return a Gate, got Linear",
-            lambda: make(lambda d, e, *_: nn.Linear(d, e)),
-        ),
         (ValueError, "topk: expected 2 for GShard, got 3", lambda: make(top_k=3)),
         (ValueError, "world_size: expected 1, got 2", lambda: make("NaiveGate", world_size=2)),
-        (ValueError, "n_router: expected an int from 1, got 0", lambda: make(n_router=0)),
         (TypeError, "activation: expected", lambda: make(activation=nn.Tanh())),
         (BackendUnavailable, "backend 'cuda'", lambda: make(backend="cuda")(draw(3, D))),
     ]

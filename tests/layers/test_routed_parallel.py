@@ -1,4 +1,4 @@
-"""Tests of experts on 1, 2 and 4 ranks against a single process."""
+"""Tests of experts on 2 ranks, and in the slow tests on 4, against a single process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.ranks import start_ranks
 Results = list[dict[str, Any]]
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda ranks: f"{ranks} ranks")
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids=str)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Results of each rank; processes are started once per number of ranks."""
     folder = str(tmp_path_factory.mktemp("ranks"))
@@ -60,14 +60,13 @@ def test_ranks_agree_with_one_process(results: Results, name: str) -> None:
 
 def test_the_comparison_can_fail(results: Results) -> None:
     """Swapped rows, experts or ranks exceed the tolerance."""
-    oracle, ranks = ranked.whole(CASES["even"], len(results), torch.float64), len(results)
+    oracle = ranked.whole(CASES["even"], len(results), torch.float64)
     for n, expected in oracle.items():
         found = torch.cat([result["even"][n] for result in results])
         assert difference(found.roll(1, dims=0), expected) > 1e-3, n
-        if ranks > 1:
-            swapped = torch.cat([result["even"][n][:3] for result in reversed(results)])
-            right = torch.cat([result["even"][n][:3] for result in results])
-            assert difference(swapped, right) > 1e-3, n
+        swapped = torch.cat([result["even"][n][:3] for result in reversed(results)])
+        right = torch.cat([result["even"][n][:3] for result in results])
+        assert difference(swapped, right) > 1e-3, n
 
 
 def test_capacity_is_shared(results: Results) -> None:
@@ -78,16 +77,7 @@ def test_capacity_is_shared(results: Results) -> None:
     index = ranked.limited(ranks)[0]
     parts = [ranked.LIMITED.slice("index", index, rank, ranks) for rank in range(ranks)]
     alone = torch.cat([limit(part, LOCAL * ranks, capacity=1) for part in parts])
-    assert torch.equal(alone, whole[2]) == (ranks == 1), "control: each rank alone"
-
-
-def test_derivatives(results: Results) -> None:
-    """First and second derivatives of the sum of all ranks' objectives."""
-    for n, whole in ranked.derivatives_whole(len(results)).items():
-        for order, expected in enumerate(whole):
-            found = torch.cat([result["derivatives"][n][order] for result in results])
-            assert difference(found, expected) < 1e-11, (n, order)
-            assert difference(found.roll(1, dims=0), expected) > 1e-3, "the control"
+    assert not torch.equal(alone, whole[2]), "control: each rank alone"
 
 
 def test_balance_under_autocast(results: Results) -> None:
@@ -104,14 +94,6 @@ def test_balance_under_autocast(results: Results) -> None:
         assert_outside_budget(found.bfloat16(), own, exact, "a loss of half precision")
 
 
-def test_stored_choices_scores_and_outputs(results: Results) -> None:
-    """Choices, scores and each choice's output agree with one process; capacities drop some choices."""
-    expected = ranked.layer_whole(len(results))
-    assert bool((expected["indices"] < 0).any())
-    for n, whole in expected.items():
-        assert difference(torch.cat([result["layer"][n] for result in results]), whole) < 1e-12, n
-
-
 @pytest.mark.parametrize("name", ranked.GATES)
 def test_training_under_ddp_agrees_with_one_process(results: Results, name: str) -> None:
     ranks = len(results)
@@ -125,23 +107,12 @@ def test_training_under_ddp_agrees_with_one_process(results: Results, name: str)
             assert all(difference(part, expected) < 1e-12 for part in parts), n
 
 
-def test_gradients_of_experts_need_the_mean(results: Results) -> None:
-    """Negative control of the previous test: training on the sum of the ranks' objectives differs."""
-    name = "layer.experts.htoh4.weight"
-    expected = ranked.train_whole("GShardGate", len(results))[name]
-    found = torch.cat([result["train without the mean"][name] for result in results])
-    assert (difference(found, expected) > 1e-5) == (len(results) > 1)
-
-
 def test_errors_are_raised_on_every_rank(results: Results) -> None:
     ranks = len(results)
     for result in results:
         found = result["mistakes"]
         assert f"expected -1 or experts from 0 to {LOCAL * ranks - 1}" in found["range"]
-        for name in ("ranks", "module"):
-            assert f"world_size: expected {ranks}" in found[name]
-        if ranks == 1:
-            continue
+        assert f"world_size: expected {ranks}" in found["module"]
         assert "x: expected the same width on all ranks, got [5, 10" in found["width"]
         assert "x: expected the same dtype on all ranks, got torch.float" in found["dtype"]
         without = list(range(1, ranks))

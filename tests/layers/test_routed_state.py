@@ -63,10 +63,6 @@ WRONG: list[tuple[str, bool, dict[str, Tensor | None], str]] = [
     ("unknown", False, {"experts.extra": torch.zeros(1)}, r'Unexpected.*"experts.extra"'),
     ("shape", False, {"experts.h4toh.bias": torch.zeros(E, 3)}, "mismatch for experts.h4toh.bias"),
     ("twin", False, {"all_gates.0.gate.bias": torch.ones(E)}, '"gate.gate.bias" and "all_gates.0.'),
-    ("twin's shape", False, {"all_gates.0.gate.bias": torch.ones(2)}, '"gate.gate.bias" and "all'),
-    ("no twin", False, {"all_gates.0.gate.bias": None}, r'Missing.*"all_gates.0.gate.bias"'),
-    ("no gate", False, {"gate.gate.weight": None}, r'Missing.*"gate.gate.weight"'),
-    ("a router", False, {"all_gates.4.gate.bias": torch.ones(E)}, r'Unexpected.*"all_gates.4.gate'),
     ("missing apart", True, {"experts.2.htoh4.bias": None}, r'Missing.*"experts.2.htoh4.bias"'),
     (
         "shape apart",
@@ -74,7 +70,6 @@ WRONG: list[tuple[str, bool, dict[str, Tensor | None], str]] = [
         {"experts.3.h4toh.weight": torch.zeros(D, F)},
         r"mismatch for experts.3.h4toh.weight: expected \(1, 16, 24\), got \(16, 24\)",
     ),
-    ("too many apart", True, {"experts.5.h4toh.bias": torch.zeros(1, D)}, "experts.5.h4toh.bias"),
     ("both", True, {"experts.h4toh.bias": torch.zeros(E, D)}, r'Unexpected.*"experts.0.htoh4'),
 ]
 
@@ -108,22 +103,6 @@ def test_a_partial_checkpoint_loads_if_allowed() -> None:
         assert not torch.equal(bias[e], before[e])
     with pytest.raises(RuntimeError, match=r"size mismatch for experts\.1\.h4toh\.bias"):
         make().load_state_dict(wanted | {"experts.1.h4toh.bias": torch.zeros(D)}, strict=False)
-
-
-def test_a_meta_device_module_loads_separate_experts() -> None:
-    state = apart(make(seed=1).state_dict(), routers=False)
-    skeleton = make().to("meta")
-    skeleton.load_state_dict(state, assign=True)
-    torch.testing.assert_close(skeleton.state_dict(), make(seed=1).state_dict(), rtol=0, atol=0)
-    del state["experts.2.htoh4.bias"]
-    with pytest.raises(RuntimeError, match=r'Missing key.*"experts\.2\.htoh4\.bias"'):
-        make().to("meta").load_state_dict(state, assign=True, strict=False)
-
-
-def test_a_diverged_checkpoint_still_loads() -> None:
-    state = make().state_dict()
-    state["gate.gate.bias"][0] = float("nan")
-    make().load_state_dict(state)
 
 
 def test_copies_and_pickles_after_a_training_step() -> None:

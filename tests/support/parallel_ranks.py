@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from flmoe_kernels.layers.routed_mlp.collectives import limit_over_ranks, require_ranks
+from flmoe_kernels.layers.routed_mlp.collectives import limit_over_ranks
 from flmoe_kernels.layers.routed_mlp.ddp import prepare_for_ddp
 from flmoe_kernels.layers.routed_mlp.gates import GShardGate, SwitchGate
 from flmoe_kernels.layers.routed_mlp.module import RoutedMLP
@@ -21,7 +21,6 @@ from tests.support.inputs import draw
 
 LOCAL, WIDTH, HIDDEN, CHOICES = 3, 5, 7, 2
 NAMES = ("x", "weight", "w_in", "b_in", "w_out", "b_out")
-Derivatives = dict[str, tuple[Tensor, Tensor]]
 # Tokens per rank: in total more than half precision can count.
 BALANCED = (700, 0, 41, 300)
 
@@ -96,7 +95,7 @@ CASES = {
     "even": Case(),
     "reference": Case(backend="reference"),
     "a rank without tokens": Case((5, 0, 3, 11)),
-    "tokens on the last rank alone": Case((0, 0, 0, 13)),
+    "tokens on one rank alone": Case((0, 13, 0, 0)),
     "no tokens": Case((0, 0, 0, 0)),
     "all rows to one rank": Case(load="hot"),
     "experts without rows": Case(load="gaps"),
@@ -105,7 +104,6 @@ CASES = {
     "float32": Case((40, 1, 23, 30), dtype=torch.float32),
     "bfloat16": Case((40, 1, 23, 30), dtype=torch.bfloat16),
     "float16": Case((40, 0, 23, 30), load="dropped", dtype=torch.float16),
-    "data": Case(needs=lambda rank: NAMES[1:]),
     "frozen experts": Case(needs=lambda rank: NAMES[:2]),
     "other needs on each rank": Case((4, 0, 6, 3), needs=some_need),
     "no gradients": Case(needs=lambda rank: None),
@@ -145,40 +143,6 @@ def whole(case: Case, ranks: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return evaluate(call, case.inputs(ranks, dtype), case.cotangent(ranks), NAMES)
 
 
-CURVED = Case((4, 5, 0, 3))
-
-
-def derivatives(
-    call: Callable[..., Tensor], inputs: list[Tensor], cotangent: Tensor
-) -> Derivatives:
-    """First derivatives of an objective, and derivatives of the sum of their squares, by each input."""
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    value = (call(*leaves).square() * cotangent).sum()
-    first = torch.autograd.grad(value, leaves, create_graph=True)
-    squares = torch.stack([grad.square().sum() for grad in first]).sum()
-    second = torch.autograd.grad(squares, leaves)
-    return {n: (a.detach(), b) for n, a, b in zip(NAMES, first, second, strict=True)}
-
-
-def derivatives_part(rank: int, ranks: int) -> Derivatives:
-    inputs = [CURVED.slice(n, x, rank, ranks) for n, x in CURVED.inputs(ranks).items()]
-    index, cotangent = (
-        CURVED.slice("out", x, rank, ranks) for x in (CURVED.index(ranks), CURVED.cotangent(ranks))
-    )
-
-    def call(x: Tensor, *rest: Tensor) -> Tensor:
-        return parallel_routed_mlp(x, index, *rest, act="silu", backend="reference")
-
-    return derivatives(call, inputs, cotangent)
-
-
-def derivatives_whole(ranks: int) -> Derivatives:
-    def call(x: Tensor, *rest: Tensor) -> Tensor:
-        return routed_mlp(x, CURVED.index(ranks), *rest, act="silu", backend="reference")
-
-    return derivatives(call, [*CURVED.inputs(ranks).values()], CURVED.cotangent(ranks))
-
-
 def balance(rank: int, ranks: int) -> dict[str, Tensor]:
     """Loss of a gate under autocast, and the logits of its choice."""
     tokens = sum(BALANCED[:rank]), sum(BALANCED[: rank + 1])
@@ -204,7 +168,7 @@ def limited(ranks: int) -> tuple[Tensor, Tensor]:
 
 
 # Capacities of 0, some and more than all rows; with and without a mask.
-LIMITS = [(capacity, masked) for capacity in (0, 1, 2, 3, 100) for masked in (False, True)]
+LIMITS = [(capacity, masked) for capacity in (0, 1, 3, 100) for masked in (False, True)]
 
 
 def limits(rank: int, ranks: int) -> list[Tensor]:
@@ -249,7 +213,6 @@ def mistakes(rank: int, ranks: int) -> dict[str, str]:
         "dtype": lambda: call(**{n: x.float() if wide else x for n, x in inputs.items()}),
         "recording": recording,
         "range": lambda: call(index=index + LOCAL * ranks),
-        "ranks": lambda: require_ranks(ranks + 1),
         "module": lambda: RoutedMLP(LOCAL, WIDTH, HIDDEN, world_size=ranks + 1),
     }
     return {name: message_of(attempt) for name, attempt in attempts.items()}
@@ -308,31 +271,6 @@ def take(whole: nn.Module, mine: nn.Module, rank: int) -> None:
     mine.load_state_dict(state)
 
 
-def layer_outputs(layer: RoutedMLP, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Outputs and stored state of calls without gradients; "captured" also stores each choice's output."""
-    with torch.no_grad():
-        found = {"out": layer(x, mask)}
-        layer.capture_topk_pre_mix = True
-        found["captured"] = layer(x, mask)
-    kept = (layer.last_topk_indices, layer.last_topk_scores, layer.last_topk_pre_mix)
-    for name, value in zip(("indices", "scores", "pre_mix"), kept, strict=True):
-        found[name] = value
-    return found
-
-
-def layer_part(rank: int, ranks: int) -> dict[str, Tensor]:
-    mine = Network(GATES["GShardGate"], LOCAL, ranks).double()
-    take(network("GShardGate", ranks), mine, rank)
-    x, mask, _ = (TRAINING.slice("x", t, rank, ranks) for t in batch(ranks))
-    return layer_outputs(mine.layer, mine.below(x).detach(), mask)
-
-
-def layer_whole(ranks: int) -> dict[str, Tensor]:
-    model = network("GShardGate", ranks)
-    x, mask, _ = batch(ranks)
-    return layer_outputs(model.layer, model.below(x).detach(), mask)
-
-
 def objective(out: Tensor) -> Tensor:
     return (out - 1.0).square().sum() / max(len(out), 1)
 
@@ -349,17 +287,14 @@ def steps(
         optimizer.step()
 
 
-def train_part(name: str, rank: int, ranks: int, mean_gradients: bool = True) -> dict[str, Tensor]:
+def train_part(name: str, rank: int, ranks: int) -> dict[str, Tensor]:
     """Parameters after some steps under DistributedDataParallel."""
     mine = Network(GATES[name], LOCAL, ranks).double()
     take(network(name, ranks), mine, rank)
-    if ranks > 1:
-        ignored = prepare_for_ddp(mine)
-        assert ignored == prepare_for_ddp(mine)
-        assert sorted(ignored) == [
-            f"layer.experts.{map}.{p}" for map in ("h4toh", "htoh4") for p in ("bias", "weight")
-        ]
-        mine.layer.mean_gradients = mean_gradients
+    ignored = prepare_for_ddp(mine)
+    assert sorted(ignored) == [
+        f"layer.experts.{map}.{p}" for map in ("h4toh", "htoh4") for p in ("bias", "weight")
+    ]
     model = nn.parallel.DistributedDataParallel(mine)
     x, mask, noise = (TRAINING.slice("x", t, rank, ranks) for t in batch(ranks))
     steps(model, x, mask, noise, objective)
@@ -388,9 +323,8 @@ def batch(ranks: int) -> tuple[Tensor, Tensor, Tensor]:
 def every_result(rank: int, ranks: int) -> dict[str, Any]:
     """All results of a rank."""
     results: dict[str, Any] = {name: part(case, rank, ranks) for name, case in CASES.items()}
-    for work in (derivatives_part, balance, limits, layer_part, mistakes):
-        results[work.__name__.removesuffix("_part")] = work(rank, ranks)
+    for work in (balance, limits, mistakes):
+        results[work.__name__] = work(rank, ranks)
     for name in GATES:
         results[f"train {name}"] = train_part(name, rank, ranks)
-    summed = train_part("GShardGate", rank, ranks, mean_gradients=False)
-    return results | {"train without the mean": summed}
+    return results
