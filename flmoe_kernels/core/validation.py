@@ -23,7 +23,9 @@ def require_tensor(name: str, value: object) -> None:
 
 def readable(value: Tensor) -> bool:
     """Whether values can be read without cost: on a CPU, not in a trace, neither fake nor batched."""
-    if value.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     if isinstance(value, FakeTensor) or is_batched(value):
         return False
