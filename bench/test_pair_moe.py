@@ -1,13 +1,12 @@
-"""Benchmarks of pair_moe: against peers, rate relative to torch.mm, memory at pair_long."""
+"""Benchmarks of pair_moe: rate relative to torch.mm, memory at pair_long."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from bench.suite import Comparison, compare
 from flmoe_gate.floors import Floor
-from flmoe_gate.gate import Against, measure_pair
+from flmoe_gate.gate import measure_pair
 from flmoe_kernels.profile.cases import BOTH, FORWARD, Case
 from flmoe_kernels.profile.memory import memory_unavailable_reason, peak_bytes
 from flmoe_kernels.profile.registry import prepare
@@ -17,10 +16,6 @@ from flmoe_kernels.profile.work import cost
 SGEMM_SIZE = 2048
 SGEMM_SHARE = 0.5
 LONG_BYTES = 256 * 2**20
-
-
-def test_against_peers(benchmark_against: Against, comparison: Comparison, full: bool) -> None:
-    compare(benchmark_against, comparison, full)
 
 
 def test_share_of_sgemm(cpu_only: None) -> None:
