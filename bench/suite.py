@@ -1,4 +1,4 @@
-"""Comparisons for bench/test_OPERATOR.py: checked, timed alternately with a peer, recorded.
+"""Comparisons for bench/test_peers.py: checked, timed alternately with a peer, recorded.
 
 A row lists shapes, variants, phases and peers. The rows of an operator run in order, the most important first.
 Peers that compile for a minute come last, so that a time limit does not cut off other results.
@@ -16,6 +16,7 @@ import torch
 
 from bench.peers import find
 from flmoe_gate.gate import Against
+from flmoe_gate.machine import torch_threads
 from flmoe_gate.timing import Call, Paired, clock_for
 from flmoe_kernels.core.backend import BackendUnavailable
 from flmoe_kernels.profile.cases import BOTH, FORWARD, Case, cases
@@ -214,12 +215,8 @@ def _peak(case: Case, contestant: Contestant) -> int | None:
 @functools.cache
 def _ceilings(device: str, dtype: torch.dtype, threads: int) -> Ceilings:
     """Ceilings of the machine, timed with the same clock and number of threads as the comparison."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         return measure_ceilings(device, (dtype,), clock=clock_for(device, threads)[1])
-    finally:
-        torch.set_num_threads(before)
 
 
 def options(config: pytest.Config) -> tuple[str, bool]:

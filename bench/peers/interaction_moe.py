@@ -65,7 +65,7 @@ def unavailable_reason(case: Case, name: str) -> str:
         return "runs only in half precision"
     if name in _COMPILED and experts:
         return "the loop over routed experts cannot be compiled as one graph"
-    return common.compile_unavailable_reason(case) if name in _COMPILED else ""
+    return ""
 
 
 def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:

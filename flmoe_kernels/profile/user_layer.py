@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
+from flmoe_kernels.core.dtypes import dtype_name
 from flmoe_kernels.layers.interaction_moe.structure import describe
 from flmoe_kernels.published.convert import load_layer
 
-from .cases import BadRequest, dtype_name
+from .cases import BadRequest
 from .shapes import UserShape
 
 
@@ -71,11 +71,6 @@ def user_shape(
         settings=tuple((settings or {}).items()),
         dtype=dtype_name(next(layer.parameters()).dtype),
     )
-
-
-def load(shape: UserShape) -> ReferenceInteractionMoE:
-    """Load the published layer with the checkpoint's parameters."""
-    return load_layer(shape.path, **dict(shape.settings))
 
 
 def _listed(numbers: Sequence[int]) -> str:
