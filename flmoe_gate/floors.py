@@ -61,6 +61,9 @@ class Floor:
     def key(self) -> str:
         return key_of(self.case, self.peer, self.device)
 
+    def bound(self, expected: float) -> float:
+        return expected * (1 - self.tolerance)
+
 
 def key_of(case: str, peer: str, device: str) -> str:
     """Name of a comparison in a machine's table."""

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from flmoe_gate.floors import Floor
-from flmoe_gate.gate import Verdict, bound_of
+from flmoe_gate.gate import Verdict
 from flmoe_gate.timing import (
     LEAST_BLOCKS,
     measure_blocks,
@@ -35,7 +35,7 @@ def test_planted_slowdown_is_caught_and_noise_is_not(noise: float) -> None:
     for seed in range(20):
         for ours, wrong in ((OURS, alarms), (SLOWER * OURS, missed)):
             machine = NoisyMachine(seed, noise=noise)
-            paired = machine.measure(FLOOR, ours, PEER, bound_of(FLOOR, EXPECTED))
+            paired = machine.measure(FLOOR, ours, PEER, FLOOR.bound(EXPECTED))
             verdict = Verdict(FLOOR, EXPECTED, "any machine", paired)
             if verdict.passed == (ours is not OURS):
                 wrong.append(seed)
