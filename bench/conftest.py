@@ -1,4 +1,4 @@
-"""Options of the benchmarks, and parametrization of bench/test_OPERATOR.py by the operator's comparisons."""
+"""Options of the benchmarks, and parametrization of bench/test_peers.py by the comparisons."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bench.suite import comparisons, options
+from flmoe_kernels.profile.cases import OPERATORS
 from flmoe_kernels.profile.environment import environment
 
 
@@ -23,11 +24,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "comparison" in metafunc.fixturenames:
-        operator = metafunc.module.__name__.rpartition("test_")[2]
-        selected = comparisons(operator, *options(metafunc.config))
         parameters = [
             pytest.param(x, marks=[pytest.mark.table] if x.table else [], id=str(x))
-            for x in selected
+            for operator in OPERATORS
+            for x in comparisons(operator, *options(metafunc.config))
         ]
         metafunc.parametrize("comparison", parameters)
 

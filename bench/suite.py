@@ -1,4 +1,4 @@
-"""Comparisons for bench/test_OPERATOR.py: checked, timed alternately with a peer, recorded.
+"""Comparisons for bench/test_peers.py: checked, timed alternately with a peer, recorded.
 
 A row lists shapes, variants, phases and peers. The rows of an operator run in order, the most important first.
 Peers that compile for a minute come last, so that a time limit does not cut off other results.
@@ -7,7 +7,7 @@ Peers that compile for a minute come last, so that a time limit does not cut off
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,6 +16,7 @@ import torch
 
 from bench.peers import find
 from flmoe_gate.gate import Against
+from flmoe_gate.machine import torch_threads
 from flmoe_gate.timing import Call, Paired, clock_for
 from flmoe_kernels.core.backend import BackendUnavailable
 from flmoe_kernels.profile.cases import BOTH, FORWARD, Case, cases
@@ -24,7 +25,7 @@ from flmoe_kernels.profile.check import WrongAnswer, agree
 from flmoe_kernels.profile.graphs import replay_facts
 from flmoe_kernels.profile.memory import peak_bytes
 from flmoe_kernels.profile.registry import Contestant, default_ours, prepare, words_of
-from flmoe_kernels.profile.shapes import is_cuda
+from flmoe_kernels.profile.shapes import is_cuda, named_shapes
 from flmoe_kernels.profile.work import cost
 
 SECONDS = {False: 2.0, True: 8.0}  # time limit of a comparison without a floor; key: --full
@@ -45,6 +46,7 @@ _REDUCTIONS = ("none", "pool")
 _SMALL = ("routed_small_e4", "routed_small_e16")
 _DENSE_OR_GROUPED = ("index loop", "batched bmm", "grouped_mm")
 _SMALL_ZIPF = ("routed_small_e4_zipf", "routed_small_e16_zipf")
+_LARGE = ("routed_large", "routed_large_zipf")
 _LAYERS = ("mmimdb", "enrico", "mimic", "tokens_24")
 _OTHER_LAYERS = ("decor_mimic", "mmhs150k")
 
@@ -62,8 +64,9 @@ QUICK: Rows = {
     "routing": (Row(("routed_small_e4",), ("",), _TWO, ("reference",)),),
     "interaction_moe": (Row(("mmimdb_short", "mimic"), ("",), _TWO, ("reference",)),),
 }
-# The rows of the tables, the large shapes with floors, and the other named shapes.
-FULL_CPU: Rows = {
+# The rows of the tables, the large shapes with floors, and the other named shapes; on a GPU in addition to
+# bench/targets.py, whose comparisons have limits. On a CPU, shapes for GPUs are left out.
+FULL: Rows = {
     "interaction_moe": (
         Row(_LAYERS, ("",), _TWO, ("reference", "reference+sdpa"), table=True),
         Row(("mmimdb", "enrico"), ("",), _TWO, ("float32",), ("bfloat16",), table=True),
@@ -81,35 +84,13 @@ FULL_CPU: Rows = {
         Row(_SMALL, ("bias",), _TWO, ("grouped_mm",), ("bfloat16",), table=True),
         Row(_SMALL, ("swiglu",), _TWO, _DENSE_OR_GROUPED),
         Row(_SMALL_ZIPF, ("bias",), _TWO, ("index loop",)),
+        Row(_LARGE, ("no_bias", "swiglu"), _TWO, ("grouped_mm", "scattermoe")),
     ),
-    "routing": (),
+    "routing": (Row(("routed_large",), ("",), (FORWARD,), ("reference",)),),
     "pair_moe": (
-        Row(("pair_base",), _REDUCTIONS, _TWO, ("reference",)),
+        Row(("pair_base", "pair_512"), _REDUCTIONS, _TWO, ("reference",)),
         Row(("pair_base",), _REDUCTIONS, _TWO, ("compiled",), table=True),
     ),
-}
-# In addition to bench/targets.py, whose comparisons have limits.
-FULL_CUDA: Rows = {
-    "pair_moe": (
-        Row(("pair_512",), _REDUCTIONS, _TWO, ("reference",)),
-        Row(("pair_base",), ("none",), _TWO, ("reference",)),
-    ),
-    "interaction_moe": (
-        Row(("mmimdb", "mimic", "enrico"), ("",), _STEP, ("reference", "reference+sdpa")),
-        Row(("mmimdb", "mimic", "enrico"), ("",), (FORWARD,), ("reference",)),
-        Row((*_OTHER_LAYERS, "tokens_24"), ("",), _STEP, ("reference, TF32",)),
-    ),
-    "routed_mlp": (
-        Row(
-            *(("routed_large",), ("no_bias", "swiglu"), (BOTH, FORWARD)),
-            ("grouped_mm", "scattermoe", "batched bmm", "index loop"),
-        ),
-        Row(_SMALL, ("bias", "swiglu"), _STEP, ("batched bmm", "index loop")),
-        Row(("routed_large_zipf",), ("no_bias",), _STEP, ("grouped_mm", "scattermoe")),
-        Row(_SMALL_ZIPF, ("bias",), _STEP, ("index loop",)),
-    ),
-    "expert_attention": (Row(("mmimdb",), ("dropout",), _TWO, ("reference", "unpadded sdpa")),),
-    "routing": (Row(("routed_large",), ("",), (FORWARD,), ("reference",)),),
 }
 
 
@@ -125,12 +106,15 @@ class Comparison:
         return f"{self.case.name} vs {self.peer}"
 
 
-def comparisons(operator: str, device: str, full: bool) -> Iterator[Comparison]:
-    rows = (FULL_CUDA if is_cuda(device) else FULL_CPU) if full else QUICK
-    for row in rows[operator]:
-        for case in cases([operator], row.shapes, row.phases, row.dtypes, device=device):
+def comparisons(operator: str, device: str, full: bool) -> list[Comparison]:
+    result: list[Comparison] = []
+    for row in (FULL if full else QUICK)[operator]:
+        shapes = [name for name in row.shapes if name in named_shapes(device)]
+        for case in cases([operator], shapes, row.phases, row.dtypes, device=device):
             if case.variant in row.variants:
-                yield from (Comparison(case, peer, row.table) for peer in row.peers)
+                result += (Comparison(case, peer, row.table) for peer in row.peers)
+    # In the default dtype of a GPU, rows are equal that differ in dtype on a CPU.
+    return list(dict.fromkeys(result))
 
 
 def compare(
@@ -214,12 +198,8 @@ def _peak(case: Case, contestant: Contestant) -> int | None:
 @functools.cache
 def _ceilings(device: str, dtype: torch.dtype, threads: int) -> Ceilings:
     """Ceilings of the machine, timed with the same clock and number of threads as the comparison."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         return measure_ceilings(device, (dtype,), clock=clock_for(device, threads)[1])
-    finally:
-        torch.set_num_threads(before)
 
 
 def options(config: pytest.Config) -> tuple[str, bool]:

@@ -11,8 +11,8 @@ from bench.suite import SECONDS
 from flmoe_gate.gate import Against
 from flmoe_gate.timing import Call
 from flmoe_kernels.core.backend import CPU
+from flmoe_kernels.core.dtypes import dtype_name
 from flmoe_kernels.core.error_budget import assert_within_budget
-from flmoe_kernels.profile.cases import dtype_name
 
 # Rows, depth and columns; both matrices of the first product fit into the L2 cache.
 SIZES = {"in cache": (96, 256, 256), "out of L2": (1680, 256, 1024)}

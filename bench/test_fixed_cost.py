@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
-from flmoe_gate.machine import keep_freed_memory
+from flmoe_gate.machine import keep_freed_memory, torch_threads
 from flmoe_kernels.profile.cases import BOTH, FORWARD, Case
 from flmoe_kernels.profile.registry import default_ours, prepare
 from flmoe_kernels.profile.shapes import LayerShape, PairShape, RoutedShape, Shape
@@ -43,24 +41,17 @@ LIMITS = (
 )
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.benchmark(timer=time.process_time)
 @pytest.mark.parametrize("limit", LIMITS, ids=lambda x: f"{x.operator}-{x.phase}")
 def test_fixed_cost(
-    benchmark: Any, cpu_only: None, one_thread: None, pytestconfig: pytest.Config, limit: Limit
+    benchmark: Any, cpu_only: None, pytestconfig: pytest.Config, limit: Limit
 ) -> None:
     """The fastest of many rounds; with --gate it must be within the limit and the tolerance."""
     keep_freed_memory()
     case = Case(limit.operator, limit.shape, limit.phase, variant=limit.variant)
     call = prepare(case, default_ours(case)).call
-    benchmark.pedantic(call, rounds=50, iterations=20, warmup_rounds=2)
+    with torch_threads(1):
+        benchmark.pedantic(call, rounds=50, iterations=20, warmup_rounds=2)
     microseconds = 1e6 * benchmark.stats["min"]
     benchmark.extra_info.update(limit_microseconds=limit.microseconds)
     if pytestconfig.getoption("--gate"):

@@ -1,4 +1,4 @@
-"""Benchmarks of the layer: peers, regularizers, FLOP rate, memory."""
+"""Benchmarks of the layer: regularizers, FLOP rate, memory."""
 
 from __future__ import annotations
 
@@ -10,48 +10,19 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.suite import SECONDS, Comparison, compare, options
+from bench.suite import SECONDS, options
 from flmoe_gate.gate import Against
 from flmoe_gate.timing import Call
-from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
 from flmoe_kernels.layers.interaction_moe.regularizers import rep_barlow, rep_cka, rep_cos
 from flmoe_kernels.profile.cases import BOTH, FORWARD, Case
 from flmoe_kernels.profile.memory import memory_unavailable_reason, peak_bytes
 from flmoe_kernels.profile.operators import draws
-from flmoe_kernels.profile.operators import interaction_moe as operator
 from flmoe_kernels.profile.registry import default_ours, prepare
-from flmoe_kernels.profile.shapes import ENRICO, MMIMDB, MMIMDB_SHORT, is_cuda
+from flmoe_kernels.profile.shapes import ENRICO, MMIMDB, is_cuda
 
 MM_SIDE = 2048  # of torch.mm's second matrix
 # Of the reference's peak memory.
 MEMORY_LIMITS = {BOTH: 1 / 3, FORWARD: 1.0}
-
-
-def test_against_peers(benchmark_against: Against, comparison: Comparison, full: bool) -> None:
-    compare(benchmark_against, comparison, full)
-
-
-def test_frozen_experts(benchmark_against: Against, cpu_only: None, full: bool) -> None:
-    """A training step with frozen experts, whose inputs have gradients, against one that trains everything."""
-    case = Case("interaction_moe", MMIMDB if full else MMIMDB_SHORT, BOTH)
-    shape, ours = operator.shape_of(case), default_ours(case)
-
-    def step(trained: bool) -> Call:
-        layer = InteractionMoE.adopt(operator.make_reference(shape), backend=ours.name)
-        layer.interaction_experts.requires_grad_(trained)
-        inputs, masks = operator.make_inputs(shape, case.device)
-        leaves = [x.requires_grad_() for x in inputs]
-        return operator.timed_call(BOTH, layer, leaves, masks)
-
-    benchmark_against.benchmark.extra_info.update(ours=ours.name)
-    benchmark_against(
-        lambda: step(False),
-        lambda: step(True),
-        name=f"{case.name}/frozen experts",
-        peer_name="all trained",
-        fresh=True,
-        seconds=SECONDS[full],
-    )
 
 
 @pytest.mark.table

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from bench.suite import SECONDS, options
 from flmoe_gate.gate import Against
 from flmoe_gate.timing import Call
+from flmoe_kernels.core.dtypes import dtype_name
 from flmoe_kernels.core.error_budget import assert_within_budget
-from flmoe_kernels.profile.cases import BOTH, FORWARD, dtype_name
+from flmoe_kernels.profile.cases import BOTH, FORWARD
 from flmoe_kernels.profile.operators.routed_mlp import make_inputs
 from flmoe_kernels.profile.shapes import (
     ROUTED_SHORT,

@@ -17,8 +17,7 @@ from bench.targets import TARGETS
 from flmoe_kernels.core.backend import CAPABILITIES
 from flmoe_kernels.core.dtypes import HALVES_AND_FLOAT32
 from flmoe_kernels.profile import first_use
-from flmoe_kernels.profile.memory import SMALL
-from flmoe_kernels.profile.shapes import at_length
+from flmoe_kernels.profile.shapes import small
 from flmoe_kernels.profile.warmup import call_of, target_of, warm_up
 from tests.gpu import kernels
 
@@ -29,7 +28,7 @@ def calls() -> Iterator[Callable[[], object]]:
         case = target.case("cuda")
         yield call_of(case, outputs=True)
         if "peak" in target.most:
-            yield call_of(dataclasses.replace(case, shape=at_length(case.shape, SMALL)))
+            yield call_of(dataclasses.replace(case, shape=small(case.shape)))
     for case in checked("cuda"):
         yield call_of(case, outputs=True)
     yield from kernels.calls()

@@ -18,7 +18,7 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,9 @@ class Floor:
     @property
     def key(self) -> str:
         return key_of(self.case, self.peer, self.device)
+
+    def bound(self, expected: float) -> float:
+        return expected * (1 - self.tolerance)
 
 
 def key_of(case: str, peer: str, device: str) -> str:
@@ -146,18 +149,22 @@ class Floors:
         return machine.ratio[floor.key], machine.name
 
 
-_FLOOR_KEYS = tuple(f.name for f in dataclasses.fields(Floor))
-_MACHINE_KEYS = tuple(f.name for f in dataclasses.fields(Machine) if f.name != "name")
-_COUNTS = ("rounds", "threads")
-# key -> (above, up to)
-_RANGES: dict[str, tuple[float, float]] = {
-    "ratio": (0.0, 1e6),
-    "tolerance": (0.0, 0.9),
-    "precision": (0.0, 1.0),
-    "rounds": (4, 100_000),
-    "seconds": (0.0, 3600.0),
-    "threads": (0, 4096),
+# The kind of each value: a type, a set of names, or the bounds of a number: above, up to, and whether it is whole.
+_RATIO = (0.0, 1e6, False)
+_FLOOR: dict[str, Any] = {
+    "case": str,
+    "peer": str,
+    "ratio": _RATIO,
+    "device": {"cpu", "cuda"},
+    "tolerance": (0.0, 0.9, False),
+    "precision": (0.0, 1.0, False),
+    "rounds": (4, 100_000, True),
+    "seconds": (0.0, 3600.0, False),
+    "threads": (0, 4096, True),
 }
+_MACHINE: dict[str, Any] = {"cpu": str, "isa": str, "device": str, "torch": str, "ratio": dict}
+_FILE: dict[str, Any] = {"defaults": dict, "floor": list, "machine": dict}
+_NAMES: dict[Any, str] = {str: "a string", dict: "a table", list: "an array of tables"}
 
 
 def load_floors(path: Path) -> Floors:
@@ -173,73 +180,48 @@ def load_floors(path: Path) -> Floors:
         raise FloorsError(f"{path}: cannot be read: {error.strerror}") from error
     except (_toml.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FloorsError(f"{path}: not a TOML file: {error}") from error
-    _known(f"{path}", content, ("defaults", "floor", "machine"))
-    defaults = _table(f"{path}: defaults", content.get("defaults", {}))
-    _known(f"{path}: [defaults]", defaults, [key for key in _FLOOR_KEYS if key != "case"])
-    tables = content.get("floor", [])
-    if not isinstance(tables, list) or not tables:
+    _check(f"{path}", content, _FILE)
+    defaults = content.get("defaults", {})
+    _check(f"{path}: [defaults]", defaults, {k: _FLOOR[k] for k in _FLOOR if k != "case"})
+    if not content.get("floor"):
         raise FloorsError(f"{path}: floor: expected at least one [[floor]] table")
-    floors = tuple(
-        _floor(f"{path}: [[floor]] {number}", {**defaults, **_table(f"{path}: floor", table)})
-        for number, table in enumerate(tables, start=1)
-    )
+    floors = []
+    for number, table in enumerate(content["floor"], start=1):
+        where = f"{path}: [[floor]] {number}"
+        _check(where, table, _FLOOR)
+        floor = {**defaults, **table}
+        if missing := {"case", "peer", "ratio"} - floor.keys():
+            raise FloorsError(f"{where}: {min(missing)} is missing")
+        floors.append(Floor(**floor))
     keys = [floor.key for floor in floors]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise FloorsError(f"{path}: '{key}' occurs more than once")
-    machines = _table(f"{path}: machine", content.get("machine", {}))
-    return Floors(floors, tuple(_machine(path, name, machines[name], keys) for name in machines))
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise FloorsError(f"{path}: '{repeated[0]}' occurs more than once")
+    machines = []
+    for name, table in content.get("machine", {}).items():
+        where = f"{path}: [machine.{name}]"
+        _check(where, table, _MACHINE)
+        _check(f"{where}: ratio", table.get("ratio", {}), dict.fromkeys(keys, _RATIO))
+        machines.append(Machine(name, **table))
+    return Floors(tuple(floors), tuple(machines))
 
 
-def _table(where: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise FloorsError(f"{where}: expected a table, got {value!r}")
-    return value
-
-
-def _known(where: str, table: Mapping[str, Any], keys: Collection[str]) -> None:
-    for key in table:
-        if key not in keys:
-            raise FloorsError(f"{where}: unknown key '{key}'; known: {', '.join(keys)}")
-
-
-def _floor(where: str, table: dict[str, Any]) -> Floor:
-    _known(where, table, _FLOOR_KEYS)
-    for key in ("case", "peer", "ratio"):
-        if key not in table:
-            raise FloorsError(f"{where}: {key} is missing")
-    where = f"{where} ('{table['case']}')"
-    for key in ("case", "peer"):
-        if not (isinstance(table[key], str) and table[key]):
-            raise FloorsError(f"{where}: {key}: expected a name, got {table[key]!r}")
-    for key in _RANGES.keys() & table.keys():
-        _number(f"{where}: {key}", table[key], *_RANGES[key], whole=key in _COUNTS)
-    if table.get("device", "cpu") not in ("cpu", "cuda"):
-        raise FloorsError(f"{where}: device: expected 'cpu' or 'cuda', got {table['device']!r}")
-    return Floor(**table)
-
-
-def _number(where: str, value: Any, above: float, most: float, whole: bool = False) -> None:
-    kind = "a whole number" if whole else "a number"
-    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not (fits and above < value <= most):
-        raise FloorsError(
-            f"{where}: expected {kind} above {above:g}, up to {most:g}, got {value!r}"
-        )
-
-
-def _machine(path: Path, name: str, table: Any, keys: Collection[str]) -> Machine:
-    where = f"{path}: [machine.{name}]"
-    table = _table(where, table)
-    _known(where, table, _MACHINE_KEYS)
-    for key in _MACHINE_KEYS:
-        if key != "ratio" and not isinstance(table.get(key, ""), str):
-            raise FloorsError(f"{where}: {key}: expected a string, got {table[key]!r}")
-    ratio = _table(f"{where}: ratio", table.get("ratio", {}))
-    _known(f"{where}: ratio", ratio, keys)
-    for key, value in ratio.items():
-        _number(f"{where}: ratio: '{key}'", value, *_RANGES["ratio"])
-    return Machine(name=name, **table)
+def _check(where: str, table: Any, kinds: Mapping[str, Any]) -> None:
+    """Check the keys of a table and the kinds of their values."""
+    if not isinstance(table, dict):
+        raise FloorsError(f"{where}: expected a table, got {table!r}")
+    for key, value in table.items():
+        match kinds.get(key):
+            case None:
+                raise FloorsError(f"{where}: unknown key '{key}'; known: {', '.join(kinds)}")
+            case type() as kind:
+                expected, fits = _NAMES[kind], isinstance(value, kind)
+            case set() as names:
+                expected, fits = " or ".join(sorted(names)), value in sorted(names)
+            case (above, most, whole):
+                expected = f"a {'whole ' * whole}number above {above:g}, up to {most:g}"
+                fits = type(value) in ((int,) if whole else (int, float)) and above < value <= most
+        if not fits:
+            raise FloorsError(f"{where}: {key}: expected {expected}, got {value!r}")
 
 
 def update_file(path: Path, here: Here, ratio: Mapping[str, float]) -> str:

@@ -42,7 +42,7 @@ class Verdict:
     @property
     def bound(self) -> float:
         """Ratio that the upper end of the interval must reach to pass."""
-        return bound_of(self.floor, self.expected)
+        return self.floor.bound(self.expected)
 
     @property
     def passed(self) -> bool:
@@ -63,10 +63,6 @@ def _spread(paired: Paired) -> str:
         f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f} for the median of "
         f"{ratio.rounds} rounds, {ratio.p20:.2f} to {ratio.p80:.2f} in single ones)"
     )
-
-
-def bound_of(floor: Floor, expected: float) -> float:
-    return expected * (1 - floor.tolerance)
 
 
 def measure_pair(
@@ -211,7 +207,7 @@ class Against:
                 gate.updates.setdefault(device, {})[key] = paired.ratio.median
         else:
             expected, source = gate.expected(floor, device)
-            paired = measure(bound_of(floor, expected))
+            paired = measure(floor.bound(expected))
             verdict = Verdict(floor, expected, source, paired)
         gate.measured.add(key)
         self._record(prepare()["ours"], plan, paired, verdict, facts)

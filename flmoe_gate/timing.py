@@ -144,14 +144,11 @@ class Blocks:
         )
 
 
-def median_interval(
-    values: Sequence[float], confidence: float = CONFIDENCE
-) -> tuple[float, float, float]:
-    """Return the narrowest symmetric order-statistic interval of the median with at least this confidence.
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the narrowest symmetric order-statistic interval of the median with at least CONFIDENCE.
 
     Args:
-        values: independent observations, at least one.
-        confidence: requested. With too few values the whole range is returned.
+        values: independent observations, at least one. With too few the whole range is returned.
 
     Returns:
         low, high, confidence: 1 - 2 P(Binomial(n, 1/2) < k) for the k-th smallest and the k-th largest.
@@ -164,7 +161,7 @@ def median_interval(
     tail, k = 0.5**count, 1
     while k < (count + 1) // 2:
         wider = tail + math.comb(count, k) * 0.5**count
-        if 1 - 2 * wider < confidence:
+        if 1 - 2 * wider < CONFIDENCE:
             break
         tail, k = wider, k + 1
     return ordered[k - 1], ordered[count - k], max(0.0, 1 - 2 * tail)

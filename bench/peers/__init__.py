@@ -1,7 +1,7 @@
 """Other implementations of the operators, one module per operator, with
 
 PEERS                           names of the peers
-unavailable_reason(case, name)  why a peer cannot compute this case on this machine, or ""; optional
+unavailable_reason(case, name)  why a peer is not measured in this case, or ""; optional
 version(name)                   version of the package that computes it; torch's if missing
 prepare(case, name, dtype)      the call, see `flmoe_kernels.profile.registry.Contestant`
 """

@@ -24,12 +24,12 @@ from flmoe_kernels.profile.prepared import Context, Prepared
 
 from . import common
 
-SDPA, COMPILED, COMPILED_SDPA = "reference+sdpa", "compiled", "compiled+sdpa"
+SDPA, COMPILED = "reference+sdpa", "compiled+sdpa"
 # These use float32 parameters in cases of half precision, because common training code does not round parameters.
 TF32, AUTOCAST = "reference, TF32", "compiled+sdpa, autocast"
 FLOAT32 = "float32"  # this package's layer
-PEERS = (SDPA, COMPILED, COMPILED_SDPA, TF32, AUTOCAST, FLOAT32)
-_COMPILED = (COMPILED, COMPILED_SDPA, AUTOCAST)
+PEERS = (SDPA, COMPILED, TF32, AUTOCAST, FLOAT32)
+_COMPILED = (COMPILED, AUTOCAST)
 _OWN_PRECISION = (TF32, AUTOCAST, FLOAT32)
 
 
@@ -65,7 +65,7 @@ def unavailable_reason(case: Case, name: str) -> str:
         return "runs only in half precision"
     if name in _COMPILED and experts:
         return "the loop over routed experts cannot be compiled as one graph"
-    return common.compile_unavailable_reason(case) if name in _COMPILED else ""
+    return ""
 
 
 def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
@@ -79,7 +79,7 @@ def _adopt(name: str, reference: ReferenceInteractionMoE) -> Any:
         return reference
     if name == FLOAT32:
         return InteractionMoE.adopt(reference)
-    layer = reference if name == COMPILED else with_sdpa(reference)
+    layer = with_sdpa(reference)
     if name in _COMPILED:
         common.prepare_compiler()
         # Each fusion pass is compiled separately: the whole forward would unroll twelve or twenty passes into one

@@ -18,7 +18,7 @@ PEERS = (COMPILED,)
 
 
 def unavailable_reason(case: Case, name: str) -> str:
-    return operator.reference_unavailable_reason(case) or common.compile_unavailable_reason(case)
+    return operator.reference_unavailable_reason(case)
 
 
 @functools.cache

@@ -24,26 +24,8 @@ PEERS = (LOOP, BMM, GROUPED, SCATTERMOE)
 
 
 def unavailable_reason(case: Case, name: str) -> str:
-    if name == GROUPED:
-        return _grouped_mm_unavailable_reason(case)
-    if name == SCATTERMOE:
-        return _scattermoe_unavailable_reason(case)
-    return ""
-
-
-def _grouped_mm_unavailable_reason(case: Case) -> str:
-    if not hasattr(F, "grouped_mm"):
-        return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
-    if not is_cuda(case.device):
-        old = torch.torch_version.TorchVersion(torch.__version__) < "2.11"
-        return f"torch {torch.__version__} has no CPU kernel for grouped_mm" if old else ""
-    if case.dtype != torch.bfloat16:
-        return "supports only bfloat16 on GPUs"
-    old = torch.cuda.get_device_capability(case.device)[0] < 8
-    return "needs sm_80 or newer" if old else ""
-
-
-def _scattermoe_unavailable_reason(case: Case) -> str:
+    if name != SCATTERMOE:
+        return ""
     if importlib.util.find_spec("scattermoe") is None:
         return "not installed"
     if not is_cuda(case.device):
@@ -70,28 +52,21 @@ def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
 
 
 def batched_bmm(
-    rows: int,
-    index: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    w_gate: Tensor | None,
+    rows: int, x: Tensor, index: Tensor, weight: Tensor, experts: operator.Experts
 ) -> Tensor:
     """Batched products over all experts; tokens are gathered into (E, rows, D), padded with zeros."""
-    experts, _, width = w_in.shape
-    expert, order, bounds = _sorted(index, experts)
+    w_in, w_out, b_in, b_out, w_gate = experts
+    count, _, width = w_in.shape
+    expert, order, bounds = _sorted(index, count)
     starts = bounds[:-1].index_select(0, expert)
     place = expert * rows + torch.arange(len(expert), device=x.device) - starts
     token = order // index.shape[1]
     # The backward of index_select adds directly; the backward of x[token] would sort first.
-    gathered = x.new_zeros(experts * rows, width).index_copy(0, place, x.index_select(0, token))
-    gathered = gathered.view(experts, rows, width)
+    gathered = x.new_zeros(count * rows, width).index_copy(0, place, x.index_select(0, token))
+    gathered = gathered.view(count, rows, width)
     gate = None if w_gate is None else _linear(gathered, w_gate, None)
     hidden = _activate(_linear(gathered, w_in, b_in), gate)
-    out = _linear(hidden, w_out, b_out).reshape(experts * rows, -1)
+    out = _linear(hidden, w_out, b_out).reshape(count * rows, -1)
     weighted = out.index_select(0, place) * weight.reshape(-1).index_select(0, order)[:, None]
     return torch.zeros_like(x).index_add(0, token, weighted)
 
@@ -117,17 +92,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.baddbmm(bias[:, None], x, weight.mT)
 
 
-def grouped_mm(
-    index: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    w_gate: Tensor | None,
-) -> Tensor:
+def grouped_mm(x: Tensor, index: Tensor, weight: Tensor, experts: operator.Experts) -> Tensor:
     """torch's grouped products over tokens sorted by expert."""
+    w_in, w_out, b_in, b_out, w_gate = experts
     expert, order, bounds = _sorted(index, w_in.shape[0])
     token, ends = order // index.shape[1], bounds[1:].to(torch.int32)
     rows = x.index_select(0, token)
@@ -141,19 +108,9 @@ def grouped_mm(
     return torch.zeros_like(x).index_add(0, token, weighted)
 
 
-def scattered(
-    index: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    w_gate: Tensor | None,
-) -> Tensor:
+def scattered(x: Tensor, index: Tensor, weight: Tensor, experts: operator.Experts) -> Tensor:
     """ScatterMoE's linear layers (arXiv 2403.08245): the first gather rows, the last adds the results."""
-    assert b_in is None
-    assert b_out is None
+    w_in, w_out, *_, w_gate = experts
     package = importlib.import_module("scattermoe.parallel_experts")
     places = package.flatten_sort_count(index, num_experts=w_in.shape[0])
 

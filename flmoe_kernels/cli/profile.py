@@ -107,6 +107,7 @@ def profile(
 
     if (op is None) == (checkpoint is None):
         fail("expected either --op or --checkpoint, got " + ("both" if op else "neither"))
+    settings = {"temperature": temperature, "layer": layer, "gate": gate, "top_k": top_k}
     files = Files(trace=trace, json=json_file, roofline=roofline)
     try:
         files.require_writable()
@@ -116,22 +117,11 @@ def profile(
         with needs_extra("demo"):
             if checkpoint is not None:
                 refuse(shape=shape, variant=variant)
-                user = user_shape(
-                    str(checkpoint),
-                    32 if batch is None else batch,
-                    numbers("tokens", tokens),
-                    numbers("valid", valid),
-                    {
-                        **{"num_heads": heads, "temperature": temperature, "layer": layer},
-                        **{"gate": gate, "top_k": top_k},
-                    },
-                )
+                sizes = numbers("tokens", tokens), numbers("valid", valid)
+                user = user_shape(str(checkpoint), batch, *sizes, {"num_heads": heads, **settings})
                 phases = [phase] if phase else ["training", "inference"]
             else:
-                refuse(
-                    batch=batch, tokens=tokens, valid=valid, heads=heads, temperature=temperature
-                )
-                refuse(layer=layer, gate=gate, top_k=top_k)
+                refuse(batch=batch, tokens=tokens, valid=valid, heads=heads, **settings)
                 phases = [phase]
             names = (op or "interaction_moe", shape if checkpoint is None else user, dtype)
             requests = [

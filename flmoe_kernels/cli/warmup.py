@@ -81,9 +81,7 @@ def warmup(
         else:
             refuse(op=op, shape=shape)
             sizes = numbers("tokens", tokens), numbers("valid", valid)
-            user = user_shape(
-                str(checkpoint), batch or 32, *sizes, {"num_heads": heads, **settings}
-            )
+            user = user_shape(str(checkpoint), batch, *sizes, {"num_heads": heads, **settings})
             chosen = cases(["interaction_moe"], [user], phases, dtype or [user.dtype], device="cpu")
         if not chosen:
             fail("expected shapes of the operators, got none")

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from flmoe_kernels.core.dtypes import FLOATS, dtype_name
+
 from .shapes import LayerShape, PairShape, RoutedShape, Shape, by_name, is_cuda, named_shapes
 
 FORWARD, BACKWARD, BOTH = PHASES = ("forward", "backward", "forward+backward")
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS}
 
 
 class BadRequest(ValueError):
@@ -30,20 +27,19 @@ class Operator:
     name: str
     shapes: type[LayerShape] | type[PairShape] | type[RoutedShape]
     variants: tuple[str, ...] = ("",)
-    phases: tuple[str, ...] = PHASES
 
 
 # Variants. pair_moe: reduction of y. expert_attention: with or without the shape's dropout. routed_mlp: with or
 # without biases; "swiglu" is gated and has none. interaction_moe: forward is inference (the full view),
 # forward+backward a training step.
-PAIR_MOE = Operator("pair_moe", PairShape, ("none", "pool"))
 EXPERT_ATTENTION = Operator("expert_attention", LayerShape, ("dropout", "plain"))
-ROUTED_MLP = Operator("routed_mlp", RoutedShape, ("bias", "no_bias", "swiglu"))
-ROUTING = Operator("routing", RoutedShape)
 INTERACTION_MOE = Operator("interaction_moe", LayerShape)
 OPERATORS = {
-    operator.name: operator
-    for operator in (PAIR_MOE, EXPERT_ATTENTION, ROUTED_MLP, ROUTING, INTERACTION_MOE)
+    "pair_moe": Operator("pair_moe", PairShape, ("none", "pool")),
+    "expert_attention": EXPERT_ATTENTION,
+    "routed_mlp": Operator("routed_mlp", RoutedShape, ("bias", "no_bias", "swiglu")),
+    "routing": Operator("routing", RoutedShape),
+    "interaction_moe": INTERACTION_MOE,
 }
 
 
@@ -67,7 +63,7 @@ class Case:
             raise ValueError(
                 f"shape: {self.operator} expected a {operator.shapes.__name__}, got {self.shape!r}"
             )
-        known("phase", self.phase, operator.phases)
+        known("phase", self.phase, PHASES)
         known("variant", self.variant, operator.variants)
 
     @property
@@ -78,10 +74,6 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def cases(
@@ -107,12 +99,10 @@ def cases(
     sizes = [by_name(shape, device) if isinstance(shape, str) else shape for shape in chosen]
     default = "bfloat16" if is_cuda(device) else "float32"
     types = [_dtype(dtype) for dtype in ((default,) if dtypes is None else dtypes)]
-    for phase in phases or ():
-        known("phase", phase, PHASES)
+    wanted = [known("phase", phase, PHASES) for phase in (PHASES if phases is None else phases)]
     result = []
     for name in OPERATORS if operators is None else operators:
         operator = _operator(name)
-        wanted = [phase for phase in operator.phases if phases is None or phase in phases]
         for shape, phase, dtype, variant in itertools.product(
             sizes, wanted, types, operator.variants
         ):

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 
 from flmoe_gate.timing import Call, Clock, clock_for
+from flmoe_kernels.core.dtypes import dtype_name
 from flmoe_kernels.core.native import cpu_unavailable_reason
 from flmoe_kernels.ops.encoder.api import expert_linear
 
-from .cases import dtype_name
 from .environment import ask_driver
 from .shapes import is_cuda
 from .work import Cost
@@ -70,6 +70,7 @@ def measure_ceilings(
         dtypes: of products; default float32, on a GPU bfloat16, float16 and float32.
         clock: replaces the device's clock: use the clock that times the calls compared with the ceilings.
     """
+    clock = clock or clock_for(device)[1]
     default = (
         (torch.bfloat16, torch.float16, torch.float32) if is_cuda(device) else (torch.float32,)
     )
@@ -77,44 +78,36 @@ def measure_ceilings(
         device=device,
         flops={
             dtype_name(dtype): max(
-                matmul_rate(device, dtype, clock=clock), linear_rate(device, dtype, clock=clock)
+                matmul_rate(device, dtype, clock), linear_rate(device, dtype, clock)
             )
             for dtype in dtypes or default
         },
-        bytes_per_second=copy_rate(device, clock=clock),
+        bytes_per_second=copy_rate(device, clock),
         exponentials=exponential_rate(device),
     )
 
 
-def matmul_rate(
-    device: str, dtype: torch.dtype, side: int = 0, clock: Clock | None = None
-) -> float:
+def matmul_rate(device: str, dtype: torch.dtype, clock: Clock) -> float:
     """FLOP/s of torch.mm of two square matrices, with a preallocated result.
 
-    side: default 2048, on a GPU 8192; less if that would take seconds, because torch has no fast product of
-    float16 for some processors.
+    The matrices are smaller than _SIDE if that would take seconds: torch has no fast product of float16 for some
+    processors.
     """
-    clock = clock or clock_for(device)[1]
-    if not side:
-        side = _SIDE[_kind(device)]
-        small = max(1, side // 8)
-        expected = _median_seconds(_product(device, dtype, small), clock) * (side / small) ** 3
-        while expected > _PRODUCT_SECONDS and side > small:
-            side, expected = side // 2, expected / 8
+    side = _SIDE[_kind(device)]
+    small = max(1, side // 8)
+    expected = _median_seconds(_product(device, dtype, small), clock) * (side / small) ** 3
+    while expected > _PRODUCT_SECONDS and side > small:
+        side, expected = side // 2, expected / 8
     return 2 * side**3 / _median_seconds(_product(device, dtype, side), clock)
 
 
-def linear_rate(
-    device: str, dtype: torch.dtype, side: int = _SIDE["cpu"], clock: Clock | None = None
-) -> float:
+def linear_rate(device: str, dtype: torch.dtype, clock: Clock) -> float:
     """FLOP/s of this package's product of two square matrices on a CPU; 0 on a GPU or without the C++ kernels."""
     if is_cuda(device) or cpu_unavailable_reason():
         return 0.0
+    side = _SIDE["cpu"]
     a, b = (torch.randn(1, side, side).to(dtype) for _ in range(2))
-    seconds = _median_seconds(
-        lambda: expert_linear(a, b, None, "cpu"), clock or clock_for(device)[1]
-    )
-    return 2 * side**3 / seconds
+    return 2 * side**3 / _median_seconds(lambda: expert_linear(a, b, None, "cpu"), clock)
 
 
 def _product(device: str, dtype: torch.dtype, side: int) -> Call:
@@ -123,12 +116,12 @@ def _product(device: str, dtype: torch.dtype, side: int) -> Call:
     return lambda: torch.mm(a, b, out=out)
 
 
-def copy_rate(device: str, count: int = 0, clock: Clock | None = None) -> float:
+def copy_rate(device: str, clock: Clock) -> float:
     """Bytes per second of a copy within the device's memory: read plus written bytes."""
-    count = count or _COPY_BYTES[_kind(device)]
+    count = _COPY_BYTES[_kind(device)]
     source = torch.zeros(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * count / _median_seconds(lambda: target.copy_(source), clock or clock_for(device)[1])
+    return 2 * count / _median_seconds(lambda: target.copy_(source), clock)
 
 
 def exponential_rate(device: str) -> float:

@@ -95,10 +95,10 @@ def compare_with(
 
 def checked_case(case: Case) -> Case:
     """Return the case, or a smaller version that the reference can compute in float64."""
-    return dataclasses.replace(case, shape=checked_shape(case.shape, case.device))
+    return dataclasses.replace(case, shape=_checked_shape(case.shape, case.device))
 
 
-def checked_shape(shape: Shape, device: str) -> Shape:
+def _checked_shape(shape: Shape, device: str) -> Shape:
     kind = "cuda" if is_cuda(device) else "cpu"
     if isinstance(shape, LayerShape):
         # Ragged sequences need two samples, so that one of them is padded.

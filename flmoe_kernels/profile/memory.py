@@ -22,11 +22,10 @@ from flmoe_kernels.core.backend import REFERENCE
 
 from .cases import Case
 from .registry import Contestant, find, prepare
-from .shapes import at_length, is_cuda
+from .shapes import is_cuda, small
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
-SMALL = 8
 
 Call = Callable[[], Any]
 
@@ -83,8 +82,8 @@ def peak_growth(make: Callable[..., Call], *args: Any) -> int:
 def warmed_call(case: Case, contestant: Contestant) -> Call:
     """Return a contestant's call after a small call of the same kind; compiled contestants compile this shape."""
     compiled = contestant.name.startswith("compiled")
-    small = dataclasses.replace(case, shape=at_length(case.shape, SMALL))
-    warm = prepare(small, REFERENCE if compiled else contestant).call
+    first = dataclasses.replace(case, shape=small(case.shape))
+    warm = prepare(first, REFERENCE if compiled else contestant).call
     warm()
     warm()
     call = prepare(case, contestant).call

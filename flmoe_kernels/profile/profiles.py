@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from flmoe_gate.timing import LEAST_BLOCKS, Clock, Spread, clock_for, measure_blocks
+from flmoe_kernels.core.dtypes import dtype_name
 
-from .cases import Case, dtype_name
+from .cases import Case
 from .ceilings import MATMUL, MEMORY, Ceilings
 from .memory import peak_bytes
 from .registry import Contestant, prepare, words_of

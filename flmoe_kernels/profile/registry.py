@@ -119,18 +119,12 @@ def device_unavailable_reason(device: str) -> str:
 
 
 def _backend_unavailable_reason(case: Case, name: str) -> str:
-    reason = _refusal(case.operator, name, case.dtype, case.device)
-    if not reason and name == backends.TRITON and not is_cuda(case.device):
-        return _INTERPRETED
-    return reason
-
-
-def _refusal(operator: str, name: str, dtype: torch.dtype, device: str) -> str:
+    tensor = torch.empty(0, dtype=case.dtype, device=case.device)
     try:
-        backends.choose(operator, torch.empty(0, dtype=dtype, device=device), name)
+        backends.choose(case.operator, tensor, name)
     except backends.BackendUnavailable as error:
         return str(error).partition(" was requested, but ")[2] or str(error)
-    return ""
+    return "" if name != backends.TRITON or is_cuda(case.device) else _INTERPRETED
 
 
 def words_of(error: BaseException) -> str:

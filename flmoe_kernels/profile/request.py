@@ -9,7 +9,17 @@ import torch
 from flmoe_kernels.core.backend import REFERENCE, BackendUnavailable
 
 from . import cases
-from .cases import BOTH, DTYPES, FORWARD, INTERACTION_MOE, OPERATORS, BadRequest, Case, known
+from .cases import (
+    BOTH,
+    DTYPES,
+    FORWARD,
+    INTERACTION_MOE,
+    OPERATORS,
+    PHASES,
+    BadRequest,
+    Case,
+    known,
+)
 from .registry import Contestant, contestants, default_ours, device_unavailable_reason
 from .shapes import Shape, UserShape, is_cuda, named_shapes
 
@@ -54,7 +64,9 @@ class Request:
                 if isinstance(shape, operator.shapes)
             }
             shape = shapes[known("shape", self.shape or next(iter(shapes)), shapes)]
-            half = is_cuda(self.device) and _is_half_sound(shape)
+            # In half precision a layer that chooses experts cannot be compared.
+            sparse = cases.unavailable_reason(INTERACTION_MOE, shape, torch.bfloat16, "")
+            half = is_cuda(self.device) and not sparse
             dtype = self.dtype or ("bfloat16" if half else "float32")
         phase = self.phase or BOTH
         if operator is INTERACTION_MOE:
@@ -63,7 +75,7 @@ class Request:
         case = Case(
             operator=operator.name,
             shape=shape,
-            phase=known("pass", phase, operator.phases),
+            phase=known("pass", phase, PHASES),
             dtype=DTYPES[known("dtype", dtype, DTYPES)],
             device=self.device,
             variant=known("variant", variant, operator.variants),
@@ -109,8 +121,3 @@ def _check_device(device: str) -> None:
         raise BadRequest(f"device: {device!r}: {missing}")
     if is_cuda(device) and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise BadRequest(f"device: {device!r}: there are {torch.cuda.device_count()} CUDA devices")
-
-
-def _is_half_sound(shape: Shape) -> bool:
-    """Whether a layer's results in half precision can be compared; not if the layer chooses experts."""
-    return not cases.unavailable_reason(INTERACTION_MOE, shape, torch.bfloat16, "")

@@ -166,6 +166,7 @@ ROUTED_SHAPES = (ROUTED_SMALL_E4, ROUTED_SMALL_E16, ROUTED_SHORT, ROUTED_LARGE, 
 GPU_ONLY = ("pair_512", "routed_large", "routed_large_zipf")
 # Smallest batch size on a GPU; on a CPU it is the batch of the shape.
 GPU_BATCH = 32
+_FEW = 8
 
 
 def on_device(shape: Shape, device: str) -> Shape:
@@ -175,33 +176,18 @@ def on_device(shape: Shape, device: str) -> Shape:
     return shape
 
 
-def at_length(shape: Shape, length: int) -> Shape:
-    """Return the shape at another sequence length: rows and columns of pairs, tokens of every modality (with the
-    same share of padding), rows of a routed MLP. A user's layer may have a fixed number of tokens, so only
-    its batch becomes 1."""
+def small(shape: Shape) -> Shape:
+    """Return the shape with few tokens, or rows and columns of pairs. A user's layer may have a fixed number of
+    tokens, so only its batch becomes 1."""
     if isinstance(shape, UserShape):
         return dataclasses.replace(shape, batch=1)
-    name = f"{shape.name}@{length}"
+    name = f"{shape.name}, small"
     if isinstance(shape, PairShape):
-        return dataclasses.replace(shape, name=name, rows=length, columns=length)
+        return dataclasses.replace(shape, name=name, rows=_FEW, columns=_FEW)
     if isinstance(shape, LayerShape):
-        valid = tuple(
-            _scaled(count, length, tokens)
-            for count, tokens in zip(shape.valid, shape.tokens, strict=True)
-        )
-        return dataclasses.replace(
-            shape, name=name, tokens=(length,) * shape.modalities, valid=valid
-        )
-    return dataclasses.replace(shape, name=name, tokens=length)
-
-
-def _scaled(valid: Valid, length: int, tokens: int) -> Valid:
-    """Scale `valid` from a sequence of `tokens` tokens to one of `length` tokens."""
-    if valid is None:
-        return None
-    if isinstance(valid, tuple):
-        return max(1, length * valid[0] // tokens), max(1, length * valid[1] // tokens)
-    return max(1, length * valid // tokens)
+        valid = tuple(None if count is None else _FEW // 2 for count in shape.valid)
+        return dataclasses.replace(shape, name=name, tokens=(_FEW,) * shape.modalities, valid=valid)
+    return dataclasses.replace(shape, name=name, tokens=_FEW)
 
 
 def named_shapes(device: str = "cpu") -> dict[str, Shape]:

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
+from flmoe_kernels.core.dtypes import dtype_name
 from flmoe_kernels.layers.interaction_moe.structure import describe
 from flmoe_kernels.published.convert import load_layer
 
-from .cases import BadRequest, dtype_name
+from .cases import BadRequest
 from .shapes import UserShape
 
 
 def user_shape(
     path: str,
-    batch: int = 32,
+    batch: int | None = None,
     tokens: tuple[int, ...] | None = None,
     valid: tuple[int, ...] | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -24,7 +24,7 @@ def user_shape(
     """Return the shape of a checkpoint.
 
     Args:
-        batch: number of samples.
+        batch: number of samples; default 32.
         tokens: of each modality; None if learned positions determine them.
         valid: number of tokens of each modality that are not padding; None for all.
         settings: num_heads, temperature, layer, gate, top_k of `published.convert.load_layer`.
@@ -35,6 +35,7 @@ def user_shape(
     """
     layer = load_layer(path, **(settings or {}))
     spec = describe(layer)
+    batch = 32 if batch is None else batch
     if batch < 1:
         raise BadRequest(f"batch: expected at least 1, got {batch}")
     count, learned = spec.num_modalities, spec.num_patches is not None
@@ -71,11 +72,6 @@ def user_shape(
         settings=tuple((settings or {}).items()),
         dtype=dtype_name(next(layer.parameters()).dtype),
     )
-
-
-def load(shape: UserShape) -> ReferenceInteractionMoE:
-    """Load the published layer with the checkpoint's parameters."""
-    return load_layer(shape.path, **dict(shape.settings))
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -14,10 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-import typer
-from typer.testing import CliRunner
 
-from bench.aot import __main__ as command
 from bench.aot.cases import ARCHITECTURES, Built, Case, cases
 from bench.aot.compile import KIB, SAME_RELEASE, Report, Row, compile_case, failures
 from flmoe_kernels.core.triton.launches import Launch
@@ -107,15 +104,6 @@ def test_products_with_weights_use_the_newest_matrix_units(
     assert set(report_of(name, architecture).matrix) == expected
 
 
-def test_sums_of_biases_run_on_matrix_units() -> None:
-    """With a bias, the gradient of a linear layer's weight has a second product."""
-    without, with_bias = (
-        sum(report_of(f"expert_linear/grad_weight/mmimdb/bfloat16/{layer}", 90).matrix.values())
-        for layer in ("qkv", "up")
-    )
-    assert with_bias > without
-
-
 @select()
 def test_blocks_share_an_sm(name: str, architecture: Architecture) -> None:
     """An SM's shared memory fits two blocks, more without products, but only one with the largest tiles.
@@ -134,15 +122,6 @@ def test_blocks_share_an_sm(name: str, architecture: Architecture) -> None:
     limited = limited or "float32" in built.tiles
     if with_weights and limited and not alone and not shape.startswith("width"):
         assert 2 * 32 * report.warps * report.registers <= 64 * KIB
-
-
-@pytest.mark.skipif(not SAME_RELEASE, reason="the launch tables are for another compiler")
-@select("interaction_moe")
-def test_many_blocks_of_the_losses_share_an_sm(name: str, architecture: Architecture) -> None:
-    """At least a quarter of an SM's threads are in use, because memory or latency limits these kernels."""
-    report = report_of(name, architecture)
-    assert report.shared <= 16 * KIB
-    assert report.registers <= 128
 
 
 # Scalar accesses of a thread: values of one row, lengths of segments, sums.
@@ -223,15 +202,6 @@ def empty(_architecture: int = 80, **limits: Any) -> Built:
     return Built(Launch(None, 1, {}, {}, 4, 1), **limits)
 
 
-def capped(architecture: int) -> Built:
-    """Routing's gate with too few registers."""
-    built = GATE.built(architecture)
-    launch = dataclasses.replace(built.launch, registers={architecture: 64})
-    return dataclasses.replace(built, launch=launch)
-
-
-GATE = CASES["routing/gate/routed_large/bfloat16"]
-CAPPED = dataclasses.replace(GATE, variant="capped", build=capped)
 OVER_TABLE = "takes 36865 bytes of shared memory, its launch table states 36864"
 
 
@@ -255,21 +225,3 @@ def test_failures_are_reported(changed: dict[str, Any], least: int, message: str
     report = dataclasses.replace(Report(64, 0, 36 * KIB, 4, {MMA: 4}, {}), **changed)
     found = failures("test", empty(least=least, table=36 * KIB), report, 80)
     assert found == ([message] if message else [])
-
-
-def test_a_kernel_that_does_not_compile_is_a_failure() -> None:
-    (failure,) = compile_case(dataclasses.replace(GATE, build=empty), 90).failures
-    assert failure.startswith("does not compile: ")
-
-
-def test_the_command_reports_and_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes about 10 s, because the compiling process imports torch and triton."""
-    monkeypatch.setattr(command, "cases", lambda: iter([GATE, CAPPED]))
-    monkeypatch.setattr(command, "PROCESSES", 1)
-    app = typer.Typer()
-    app.command()(command.aot)
-    result = CliRunner().invoke(app, ["--arch", "90"])
-    assert result.exit_code == 1, result.output
-    assert re.search(rf"{CAPPED.name} on sm_90: spills \d+ bytes per thread", result.stderr)
-    for case in (GATE, CAPPED):
-        assert case.name in result.stdout

@@ -14,7 +14,6 @@ import pytest
 from bench import targets
 from bench.peers import peers
 from flmoe_kernels.core.triton.target import TARGETS
-from flmoe_kernels.profile import graphs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,6 +32,7 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_dry_run_executes_every_step(tmp_path: Path) -> None:
     """Takes most of a minute, because four processes import torch, one interprets and one compiles kernels."""
     pytest.importorskip("triton")
@@ -75,27 +75,3 @@ def test_every_target_names_a_case_and_a_peer() -> None:
     for target in targets.TARGETS:
         for device in ("cpu", "cuda"):
             assert target.peer in {peer.name for peer in peers(target.case(device))}
-
-
-def test_a_call_that_is_slower_than_its_graph_is_host_bound(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Without a GPU a graph is the call itself."""
-    facts = graphs.replay_facts(lambda: lambda: None, 1.0, "cpu", 0.01)
-    assert set(facts) == {"host_seconds", "replay_seconds", "host_bound"}
-    assert not facts["host_bound"]
-    monkeypatch.setattr(graphs, "is_cuda", lambda _device: True)
-    monkeypatch.setattr(graphs.torch.cuda, "synchronize", lambda _device: None)
-    monkeypatch.setattr(graphs, "clock_for", lambda _device: ("fake", lambda _call: 0.5))
-    monkeypatch.setattr(graphs, "graphed", lambda call, _device: call)
-    for called, bound in ((1.0, True), (0.55, False)):
-        assert (
-            graphs.replay_facts(lambda: lambda: None, called, "cuda", 0.01)["host_bound"] == bound
-        )
-
-    def waits(*_: Any) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(graphs, "graphed", waits)
-    facts = graphs.replay_facts(lambda: lambda: None, 1.0, "cuda", 0.01)
-    assert set(facts) == {"host_seconds", "not_captured"}

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ACTION = ROOT / ".github" / "actions" / "compare"
 EXAMPLE = ROOT / "examples" / "ci"
 WORKFLOW = EXAMPLE / ".github" / "workflows" / "benchmarks.yml"
-# Installs without a network: the packages of this environment are on PYTHONPATH.
-INSTALL = (
-    f"{sys.executable} -m venv --without-pip .venv && "
-    f"{sys.executable} -m pip --python .venv/bin/python install -q --no-index --no-deps --no-build-isolation ."
-)
 SLOW = ("    rows = np.zeros(", "    sum(range(60_000))\n    rows = np.zeros(")
-SKIPPED = (
-    "import numpy as np\n",
-    "import numpy as np\nimport pytest\n\npytestmark = pytest.mark.skip\n",
-)
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -52,7 +42,6 @@ def run_action(folder: Path, **given: str) -> tuple[int, str]:
         assert "${{" not in step["run"], "inputs reach a script through its environment"
         environment: Mapping[str, Any] = {
             **{key: x for key, x in os.environ.items() if not key.startswith("PYTEST_")},
-            "PYTHONPATH": sysconfig.get_path("purelib"),
             **{key: evaluated(value) for key, value in step["env"].items()},
         }
         command = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", "-c", step["run"]]
@@ -66,31 +55,17 @@ def run_action(folder: Path, **given: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "code", "message"),
+    ("change", "code", "message"),
     [
-        (
-            "tinyseries.py",
-            ("# nothing", ""),
-            0,
-            r"ok: one_hot/5000: expected \d+.\d\dx comparison \(",
-        ),
-        (
-            "tinyseries.py",
-            SLOW,
-            1,
-            r"SLOWER: one_hot/5000: expected \d+.\d\dx comparison \((?!any)",
-        ),
-        ("benchmarks/test_tinyseries.py", SKIPPED, 5, "nothing was measured, so the check fails"),
+        (("", ""), 0, r"ok: one_hot/5000: expected \d+.\d\dx comparison \("),
+        (SLOW, 1, r"SLOWER: one_hot/5000: expected \d+.\d\dx comparison \((?!any)"),
     ],
-    ids=["unchanged", "slower", "not measured"],
+    ids=["unchanged", "slower"],
 )
 def test_a_pull_request_of_the_example(
-    file: str, change: tuple[str, str], code: int, message: str, tmp_path: Path
+    change: tuple[str, str], code: int, message: str, tmp_path: Path
 ) -> None:
-    """The slower function still passes the low floor for any machine: only its base shows the regression.
-
-    Takes over 10 s: two installations, and two to four runs of pytest.
-    """
+    """The slower function still passes the low floor for any machine: only its base shows the regression."""
     repository = tmp_path / "repository"
     shutil.copytree(EXAMPLE, repository, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     floors = repository / "floors.toml"
@@ -101,23 +76,23 @@ def test_a_pull_request_of_the_example(
     git(repository, "add", ".")
     git(repository, "commit", "-q", "-m", "base")
     base = git(repository, "rev-parse", "HEAD").strip()
-    changed = repository / file
+    changed = repository / "tinyseries.py"
     changed.write_text(changed.read_text().replace(*change))
     git(repository, "commit", "-q", "--allow-empty", "-a", "-m", "pull request")
 
-    found, output = run_action(repository, base=base, install=INSTALL)
+    inputs = {"base": base, "install": "touch installed", "python": sys.executable}
+    found, output = run_action(repository, suite="benchmarks -k one_hot", **inputs)
     assert found == code, output
     assert re.search(message, output), output
     assert "could not be timed" not in output
-    installed = repository / ".venv" / "lib"
-    assert list(installed.rglob("tinyseries.py")), "the pull request was not installed"
+    for folder in (repository, tmp_path / "runner" / "compare" / "base"):
+        assert (folder / "installed").is_file()
     if code == 1:
         assert output.count("SLOWER: one_hot") >= 2, "a failure must repeat"
 
 
 def test_the_workflow_of_the_example_uses_the_action() -> None:
     action = yaml.safe_load((ACTION / "action.yml").read_text())
-    assert len((ACTION / "action.yml").read_text().splitlines()) <= 60
     steps = yaml.safe_load(WORKFLOW.read_text())["jobs"]["compare"]["steps"]
     [step] = [step for step in steps if "flmoe_kernels" in step["uses"]]
     path = re.fullmatch(r"OWNER/flmoe_kernels/(.+)@main", step["uses"])

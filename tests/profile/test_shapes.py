@@ -13,7 +13,6 @@ from flmoe_kernels.profile.shapes import (
     GPU_BATCH,
     LayerShape,
     RoutedShape,
-    at_length,
     by_name,
     named_shapes,
 )
@@ -37,23 +36,6 @@ def test_ragged_lengths_pad_to_the_longest_sample(name: str) -> None:
     inputs, masks = interaction_moe.make_inputs(dataclasses.replace(shape, dim=4), "cpu")
     assert [x.shape[1] for x in inputs] == list(shape.padded_tokens)
     assert [tuple(mask.sum(1).tolist()) for mask in masks] == list(shape.lengths)
-    fewer = dataclasses.replace(shape, batch=2)
-    assert fewer.lengths[modality] == lengths[:2]
-    short = at_length(shape, 20)
-    assert isinstance(short, LayerShape)
-    assert short.ragged
-    assert max(short.padded_tokens) <= 20
-
-
-def test_other_shapes_have_no_drawn_lengths() -> None:
-    shape = by_name("mmimdb")
-    assert isinstance(shape, LayerShape)
-    assert not shape.ragged
-    assert shape.padded_tokens == shape.tokens
-    assert shape.valid_tokens == (356,) * shape.batch
-    large = by_name("tokens_24", "cuda")
-    assert isinstance(large, LayerShape)
-    assert large.batch == 128
 
 
 def deviations(shape: RoutedShape) -> torch.Tensor:

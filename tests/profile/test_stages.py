@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flmoe_kernels.profile.cases import cases
+from flmoe_kernels.profile.cases import BOTH, cases
 from flmoe_kernels.profile.registry import prepare
 from flmoe_kernels.profile.stages import (
     CALL,
@@ -35,35 +31,22 @@ def named(found: Breakdown) -> dict[str, Any]:
     return rows
 
 
-def call_of(operator: str, shape: Any, contestant: str, phase: str = "forward+backward") -> Any:
-    return prepare(cases([operator], [shape], [phase])[0], contestant).call
+def call_of(operator: str, shape: Any, contestant: str) -> Any:
+    return prepare(cases([operator], [shape], [BOTH])[0], contestant).call
 
 
-def test_the_library_of_the_profiler_prints_nothing() -> None:
-    """In a process of its own: the library reads its log level once."""
-    code = "from flmoe_kernels.profile.stages import traced; traced(lambda: None, 'cpu')"
-    environment = {k: v for k, v in os.environ.items() if k != "KINETO_LOG_LEVEL"}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert (result.stdout, result.stderr) == ("", "")
-
-
-@pytest.mark.parametrize("phase", ["forward", "backward", "forward+backward"])
 @pytest.mark.parametrize("contestant", ["cpu", "reference"])
-def test_stages_sum_to_the_whole(contestant: str, phase: str, tmp_path: Path) -> None:
+def test_stages_sum_to_the_whole(contestant: str, tmp_path: Path) -> None:
     trace = tmp_path / "trace of a call.json"
-    found = traced(call_of("pair_moe", PAIR, contestant, phase), "cpu", calls=2, trace=trace)
+    found = traced(call_of("pair_moe", PAIR, contestant), "cpu", calls=2, trace=trace)
     assert sum(stage.seconds for stage in found.stages) == pytest.approx(found.whole, rel=1e-9)
     assert sum(stage.share for stage in found.stages) == pytest.approx(1.0, rel=1e-9)
     assert all(stage.seconds > 0 for stage in found.stages)
     rows = named(found)
     assert (found.launches, found.waits) == (None, None)
     ours = {name for name in rows if name.startswith("flmoe::")}
-    if contestant == "cpu":
-        wanted = {"flmoe::pair_moe"} if phase != "backward" else set()
-        assert ours == wanted | ({"flmoe::pair_moe_backward"} if phase != "forward" else set())
-    else:
-        assert not ours
+    wanted = {"flmoe::pair_moe", "flmoe::pair_moe_backward"}
+    assert ours == (wanted if contestant == "cpu" else set())
     for name, row in rows.items():
         if name.startswith("aten::"):
             assert row.share >= NAMED_SHARE
@@ -164,9 +147,8 @@ def gpu_events() -> list[Event]:
     return events
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_gpu_time_is_kernels_and_idle_time(device: str) -> None:
-    found = breakdown(gpu_events(), device)
+def test_gpu_time_is_kernels_and_idle_time() -> None:
+    found = breakdown(gpu_events(), "cuda:1")
     rows = named(found)
     assert found.whole == pytest.approx(120e-6)
     assert {name: round(row.seconds * 1e6, 6) for name, row in rows.items()} == {
@@ -179,14 +161,3 @@ def test_gpu_time_is_kernels_and_idle_time(device: str) -> None:
     assert sum(row.share for row in rows.values()) == pytest.approx(1.0)
     # The wait at the end and work outside of the calls are not counted.
     assert (found.launches, found.waits) == (3, 1)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_launches_and_waits_of_a_call_on_a_gpu() -> None:
-    x = torch.ones(512, 512, device="cuda")
-    found = traced(lambda: (x @ x).sum().item(), "cuda", calls=2)
-    assert sum(stage.seconds for stage in found.stages) == pytest.approx(found.whole)
-    assert found.launches is not None
-    assert found.launches >= 2
-    assert found.waits == 1
-    assert any(stage.name.startswith("aten::") or stage.name == OTHER for stage in found.stages)

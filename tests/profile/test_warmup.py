@@ -5,10 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,17 +17,11 @@ from typer.testing import CliRunner
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 from flmoe_kernels.cli.warmup import warmup
 from flmoe_kernels.core.backend import TRITON, use_backend
-from flmoe_kernels.core.triton import philox
-from flmoe_kernels.core.triton.launches import hash_callees_first
 from flmoe_kernels.core.triton.recording import Driver, active, recorded
 from flmoe_kernels.core.triton.target import TARGETS, Target
-from flmoe_kernels.ops.expert_attention.triton import kernels as attention
-from flmoe_kernels.ops.expert_attention.triton import tiles
-from flmoe_kernels.ops.interaction_losses.triton import kernels as losses
 from flmoe_kernels.ops.routing.api import dispatch
 from flmoe_kernels.profile.cases import BOTH, BadRequest, cases
 from flmoe_kernels.profile.warmup import call_of, target_of, warm_up
@@ -39,7 +31,7 @@ app.command()(warmup)
 HOPPER = TARGETS[90]
 
 
-def compiler_runs(call: Any, folder: Path, target: Target = HOPPER) -> int:
+def compiler_runs(call: Any, folder: Path) -> int:
     """Number of kernels that Triton's front end compiles in a call, in a process without compiled kernels."""
     count = 0
     compiled = ASTSource.make_ir
@@ -52,7 +44,7 @@ def compiler_runs(call: Any, folder: Path, target: Target = HOPPER) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder))
         patch.setattr(ASTSource, "make_ir", counted)
-        with active(Driver(target)):
+        with active(Driver(HOPPER)):
             call()
     return count
 
@@ -64,44 +56,13 @@ def dispatched(experts: int = 4) -> None:
 
 def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for target in (HOPPER, TARGETS["gfx942"]):
-        first, again = (warm_up([dispatched, dispatched], target, jobs=2) for _ in range(2))
-        assert not first.failures
-        assert first.compiled == again.found > 0
-        assert first.found == again.compiled == 0
-        assert compiler_runs(dispatched, tmp_path, target) == 0
-    # Controls: a kernel with another constant, and another GPU.
+    first, again = (warm_up([dispatched, dispatched], HOPPER, jobs=1) for _ in range(2))
+    assert not first.failures
+    assert first.compiled == again.found > 0
+    assert first.found == again.compiled == 0
+    assert compiler_runs(dispatched, tmp_path) == 0
+    # Negative control: a kernel with another constant.
     assert compiler_runs(lambda: dispatched(5), tmp_path) > 0
-    assert compiler_runs(dispatched, tmp_path, TARGETS[80]) > 0
-
-
-def hashes_of(modules: list[Any], hashed: Callable[[Any], object]) -> dict[str, str]:
-    """Hash the kernels of modules in their order, as in a process that has hashed none."""
-    functions = [
-        x for module in modules for x in vars(module).values() if isinstance(x, JITFunction)
-    ]
-    for function in functions:
-        function.hash, function.used_global_vals = None, {}
-    kernels = [function for function in functions if function.__name__.endswith("_kernel")]
-    for function in kernels:
-        hashed(function)
-    return {f"{kernel.module}.{kernel.__name__}": kernel.cache_key for kernel in kernels}
-
-
-def test_hashes_of_kernels_do_not_depend_on_their_order() -> None:
-    """Otherwise a process would not find what another one compiled; Triton alone does not ensure it."""
-    modules = [attention, losses, tiles, philox]
-
-    def plain(function: Any) -> str:
-        return str(function.cache_key)
-
-    def backwards(module: Any) -> Any:
-        return SimpleNamespace(**dict(reversed(vars(module).items())))
-
-    for hashed, equal in ((hash_callees_first, True), (plain, False)):
-        found = [hashes_of(each, hashed) for each in (modules, [*map(backwards, modules)])]
-        assert (found[0] == found[1]) == equal
-    hashes_of(modules, hash_callees_first)
 
 
 def step_of_mimic(folder: str) -> int:
@@ -124,7 +85,9 @@ def test_after_the_command_a_training_step_compiles_nothing(
         assert pool.submit(step_of_mimic, str(tmp_path)).result() == 0
 
 
-@pytest.mark.parametrize("case", cases(shapes=["mimic", "routed_short", "pair_base"]), ids=str)
+@pytest.mark.parametrize(
+    "case", cases(shapes=["mimic", "routed_short", "pair_base"], phases=[BOTH]), ids=str
+)
 def test_every_operator_can_be_recorded(case: Any) -> None:
     with recorded(HOPPER) as kernels:
         call_of(case, outputs=True)()
@@ -143,8 +106,6 @@ def test_targets() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--target sm90", "target: expected a name such as"),
-        ("--target sm_90 --op softmax", "operator: expected one of"),
         ("--target sm_90 --tokens 3,4", "--tokens: does not apply"),
         ("--target sm_90 --op pair_moe --shape mimic", "expected shapes of the operators"),
         ("--target sm_90 --op routing --dtype float64", "float64 is not among"),

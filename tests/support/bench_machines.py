@@ -29,13 +29,11 @@ class NoisyMachine:
         self.random = random.Random(seed)
         self.noise, self.burst, self.placement, self.drift = noise, burst, placement, drift
         self.now = 0.0
-        self.calls = 0
 
     def call(self, seconds: float) -> Call:
         placed = seconds * self.random.lognormvariate(0.0, self.placement)
 
         def run() -> None:
-            self.calls += 1
             factor = self.random.lognormvariate(0.0, self.noise)
             if self.random.random() < self.burst:
                 factor *= self.random.uniform(1.5, 4.0)

@@ -21,7 +21,7 @@ from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionM
 from flmoe_kernels.profile.cases import BACKWARD, FORWARD, Case
 from flmoe_kernels.profile.prepared import Context, Outputs, Prepared, gradients_by_name
 from flmoe_kernels.profile.shapes import LayerShape, UserShape
-from flmoe_kernels.profile.user_layer import load
+from flmoe_kernels.published.convert import load_layer
 
 from . import draws
 
@@ -36,7 +36,7 @@ def shape_of(case: Case) -> LayerShape:
 def make_reference(shape: LayerShape) -> ReferenceInteractionMoE:
     """Make the reference with seeded parameters or those of a checkpoint; global generators are not changed."""
     if isinstance(shape, UserShape):
-        return load(shape)
+        return load_layer(shape.path, **dict(shape.settings))
     sparse = {"mlp_sparse": True, "num_experts": shape.experts} if shape.experts else {}
     sizes = (shape.modalities, shape.dim, shape.classes, shape.layers, shape.heads)
     with torch.random.fork_rng(devices=[]):
@@ -105,10 +105,10 @@ def prepare_layer(
         with context():
             return _outputs(case, layer, placed, masks)
 
-    return Prepared(timed_call(case.phase, layer, placed, masks, context), outputs)
+    return Prepared(_timed_call(case.phase, layer, placed, masks, context), outputs)
 
 
-def timed_call(
+def _timed_call(
     phase: str,
     layer: Any,
     inputs: list[Tensor],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,19 @@ from flmoe_kernels.profile.shapes import RoutedShape
 
 from . import draws
 
-_ARGUMENTS = ("x", "weight", "w_in", "b_in", "w_out", "b_out", "w_gate")
-# index and _ARGUMENTS -> out; biases and w_gate are None if the variant has none.
-Routed = Callable[..., Tensor]
+
+class Experts(NamedTuple):
+    """Parameters of the experts; biases and w_gate are None if the variant has none."""
+
+    w_in: Tensor
+    w_out: Tensor
+    b_in: Tensor | None = None
+    b_out: Tensor | None = None
+    w_gate: Tensor | None = None
+
+
+# (x, index, weight, experts) -> out
+Routed = Callable[[Tensor, Tensor, Tensor, Experts], Tensor]
 
 
 def shape_of(case: Case) -> RoutedShape:
@@ -48,13 +58,9 @@ def make_inputs(shape: RoutedShape, variant: str, device: str) -> tuple[Tensor, 
 
 
 def prepare(case: Case, name: str, dtype: torch.dtype) -> Prepared:
-    def routed(index: Tensor, x: Tensor, weight: Tensor, *weights: Tensor | None) -> Tensor:
-        w_in, b_in, w_out, b_out, w_gate = weights
-        assert w_in is not None
-        assert w_out is not None
-        act = "gelu" if w_gate is None else "silu"
-        options: dict[str, Any] = {"act": act, "w_gate": w_gate, "backend": name}
-        return routed_mlp(x, index, weight, w_in, b_in, w_out, b_out, **options)
+    def routed(x: Tensor, index: Tensor, weight: Tensor, experts: Experts) -> Tensor:
+        act = "gelu" if experts.w_gate is None else "silu"
+        return routed_mlp(x, index, weight, act=act, backend=name, **experts._asdict())
 
     return prepare_routed(case, routed, dtype)
 
@@ -66,7 +72,8 @@ def prepare_routed(case: Case, routed: Routed, dtype: torch.dtype) -> Prepared:
 
     def function(*values: Tensor) -> Outputs:
         named = dict(zip(leaves, values, strict=True))
-        return {"out": routed(index, *map(named.get, _ARGUMENTS))}
+        x, weight = named.pop("x"), named.pop("weight")
+        return {"out": routed(x, index, weight, Experts(**named))}
 
     through = {"out": (leaves["x"].shape, dtype)}
     return prepare_function(function, leaves, case.phase, through)

@@ -1,4 +1,4 @@
-"""Benchmarks of expert_attention against the reference and torch's scaled_dot_product_attention."""
+"""Benchmarks of every operator against its peers."""
 
 from __future__ import annotations
 
