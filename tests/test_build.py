@@ -135,12 +135,6 @@ def test_no_compiler_says_what_to_install(
     assert "Traceback" not in result.stderr
 
 
-def test_wrong_compiler_is_named(checkout: Path) -> None:
-    result = run(BUILD, cwd=checkout, env={"CXX": "no-such-compiler"})
-    assert result.returncode != 0
-    assert "no-such-compiler" in result.stderr
-
-
 @pytest.mark.parametrize("tool", ["cmake", "ninja", "pybind11"])
 def test_missing_build_tool_names_the_pip_command(checkout: Path, tool: str) -> None:
     # None in sys.modules makes the import fail as if the package were not installed.
@@ -187,10 +181,7 @@ def without_kernels(checkout: Path, folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_values_of_flmoe_cuda(checkout: Path, tmp_path: Path, broken_nvcc: Path) -> None:
-    """Without a working nvcc, FLMOE_CUDA=1 is an error; FLMOE_CUDA=0 does not search for nvcc.
-
-    The last two builds reach CMake's decision about CUDA; the sources do not compile.
-    """
+    """Without a working nvcc, FLMOE_CUDA=1 is an error."""
     require_build_tools()
     nvcc = str(broken_nvcc)
     wrong = run(BUILD, cwd=checkout, env={"FLMOE_CUDA": "yes"})
@@ -205,42 +196,3 @@ def test_values_of_flmoe_cuda(checkout: Path, tmp_path: Path, broken_nvcc: Path)
     assert required.returncode != 0
     assert "FLMOE_CUDA=1 requires the CUDA kernels, but" in required.stderr
     assert "nvcc cannot compile a program here" in " ".join(required.stderr.split())
-    never = run(BUILD, cwd=broken, env={"FLMOE_CUDA": "0", "CUDACXX": nvcc})
-    assert "CUDA kernels are not built: FLMOE_CUDA=0" in never.stdout
-    assert "Looking for a CUDA compiler" not in never.stdout
-    assert never.returncode != 0
-    assert "log above" in never.stderr
-    assert "kernel.cpp" in never.stdout + never.stderr
-
-
-# Source of a module whose docstring is the reason.
-REASON_MODULE = """
-#include <Python.h>
-#include "cuda_build.h"
-static PyModuleDef definition{PyModuleDef_HEAD_INIT, "_native", flmoe::kCudaReason, -1};
-PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&definition); }
-"""
-LOAD = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
-print(importlib.util.module_from_spec(spec).__doc__)
-"""
-
-
-@pytest.mark.slow
-def test_module_reports_why_nvcc_does_not_work(
-    checkout: Path, tmp_path: Path, broken_nvcc: Path
-) -> None:
-    """If FLMOE_CUDA is not set, the build continues, and the sources get the reason unchanged."""
-    require_build_tools()
-    folder = without_kernels(checkout, tmp_path / "small")
-    for path in (folder / "csrc").rglob("*.cpp"):
-        path.write_text(REASON_MODULE if path.name == "module.cpp" else "")
-    env = {"FLMOE_CUDA": "", "CUDACXX": str(broken_nvcc)}
-    built = run([*BUILD, "--build-lib", str(tmp_path / "lib")], cwd=folder, env=env)
-    assert built.returncode == 0, built.stdout + built.stderr
-    assert "CUDA kernels are not built" in built.stderr
-    (module,) = (tmp_path / "lib").rglob("_native*")
-    reason = run([sys.executable, "-c", LOAD, str(module)], cwd=tmp_path).stdout
-    assert reason.startswith(f"{broken_nvcc} cannot compile a program here (if it does not")
-    assert reason.strip() in " ".join(built.stderr.split())

@@ -20,9 +20,7 @@ from flmoe_kernels.profile import request as profile_request
 from flmoe_kernels.profile import run as profile_run
 from flmoe_kernels.profile.cases import cases
 from flmoe_kernels.profile.check import WrongAnswer
-from flmoe_kernels.profile.memory import memory_unavailable_reason, peak_bytes
 from flmoe_kernels.profile.shapes import LayerShape, PairShape, RoutedShape
-from flmoe_kernels.profile.user_layer import user_shape
 from flmoe_kernels.profile.work import cost
 from tests.support.layers import LayerCase
 
@@ -47,6 +45,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile_request, "named_shapes", lambda device: SHAPES)
     monkeypatch.setitem(ceilings._SIDE, "cpu", 96)
     monkeypatch.setitem(ceilings._COPY_BYTES, "cpu", 2**16)
+    monkeypatch.setattr(profiles, "TRACED_CALLS", 1)
     # A garbage collection before every block would take longer than the block.
     monkeypatch.setattr(gc, "collect", lambda: 0)
     torch.set_num_threads(1)
@@ -87,11 +86,6 @@ def test_every_output_can_be_read_back_and_agrees(tmp_path: Path) -> None:
         breakdown = found["breakdown"]
         total = sum(stage["seconds"] for stage in breakdown["stages"])
         assert total == pytest.approx(breakdown["whole"])
-        for stage in breakdown["stages"]:
-            limits = stage["flop"] / found["matmul"], stage["bytes"] / found["copy"]
-            assert stage["share_of_limit"] == pytest.approx(max(limits) / stage["seconds"])
-            bound = "compute" if limits[0] > limits[1] else "memory" if limits[1] else "host"
-            assert stage["bound"] == bound
         assert found["peak_bytes"] is None
     assert (ours["contestant"], ours["kind"], ours["ratio"]) == ("cpu", "ours", None)
     assert (peer["contestant"], peer["kind"]) == ("reference", "peer")
@@ -104,14 +98,6 @@ def test_every_output_can_be_read_back_and_agrees(tmp_path: Path) -> None:
     assert any(event.get("name") == "flmoe::pair_moe_backward" for event in trace["traceEvents"])
 
     page = written["roofline"].read_text()
-    operators = [
-        stage["name"]
-        for found in (ours, peer)
-        for stage in found["breakdown"]["stages"]
-        if stage["bytes"] and stage["name"].startswith(("flmoe::", "aten::"))
-    ]
-    assert operators
-    assert page.count('id="point-') == len(operators)
     assert not re.search(r'(?:src|href)="(?!#)', page), "the page needs a network"
     for words in (
         *(case.name, "flmoe::pair_moe_backward", "other (torch)"),
@@ -126,29 +112,19 @@ def test_every_output_can_be_read_back_and_agrees(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "operator", ["expert_attention", "routed_mlp", "routing", "interaction_moe"]
 )
-@pytest.mark.parametrize("phase", ["forward", "forward+backward"])
-def test_every_operator_has_a_profile(operator: str, phase: str, tmp_path: Path) -> None:
+def test_every_operator_has_a_profile(operator: str, tmp_path: Path) -> None:
     target = tmp_path / "out.json"
-    run("--op", operator, "--pass", phase, *QUICK, "--no-check", "--json", str(target))
+    run("--op", operator, *QUICK, "--no-check", "--json", str(target))
     [found] = json.loads(target.read_text())["profiles"]
     assert found["contestant"] == "cpu"
     assert found["what"].startswith(f"{operator}/small_")
     assert any(stage["name"].startswith("flmoe::") for stage in found["breakdown"]["stages"])
 
 
-def test_names_of_the_layer_s_passes() -> None:
-    for name, phase in (("inference", "forward"), ("training", "forward+backward")):
-        request = profile_request.Request("interaction_moe", phase=name)
-        assert request.case().phase == phase
-    with pytest.raises(profile_request.BadRequest, match="pass: expected one of forward"):
-        profile_request.Request("pair_moe", phase="training").case()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "expected either --op or --checkpoint, got neither"),
-        (("--op", "pair_moe", "--checkpoint", "x.pt"), "--op or --checkpoint, got both"),
         (
             ("--op", "pairs"),
             "op: expected one of pair_moe, expert_attention, routed_mlp, routing, interaction_moe, "
@@ -169,9 +145,6 @@ def test_names_of_the_layer_s_passes() -> None:
         (("--op", "pair_moe", "--device", "tpu:0"), "device: expected cpu, cuda or cuda:N"),
         (("--checkpoint", "x.pt", "--tokens", "8,x"), "--tokens: expected numbers separated by"),
         (("--op", "pair_moe", "--tokens", "8"), "--tokens: does not apply to this kind of request"),
-        (("--op", "pair_moe", "--top-k", "1"), "--top-k: does not apply to this kind of request"),
-        (("--op", "pair_moe", "--batch", "32"), "--batch: does not apply to this kind of request"),
-        (("--op", "pair_moe", "--heads", "0"), "--heads: does not apply to this kind of request"),
         (("--op", "pair_moe", "--seconds", "0"), "seconds: expected a positive number"),
         (
             ("--op", "pair_moe", "--json", "nowhere/x.json"),
@@ -210,37 +183,6 @@ def test_a_wrong_answer_is_exit_code_1_before_any_timing(monkeypatch: pytest.Mon
     assert "cpu on pair_moe/small_pairs/forward+backward/float32/none: y is off" in result.stderr
 
 
-def test_with_all_backends_a_failing_one_is_skipped(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def broken(case: Any, contestant: Any) -> None:
-        if contestant.name == "reference":
-            raise RuntimeError("CUDA error:\nout of memory\nmore")
-
-    monkeypatch.setattr(profile_run, "agree", broken)
-    target = tmp_path / "out.json"
-    result = run("--op", "pair_moe", "--backend", "all", *QUICK, "--json", str(target))
-    words = "left out: reference: CUDA error: out of memory"
-    assert words in result.stderr
-    found = json.loads(target.read_text())["profiles"]
-    assert [profile["contestant"] for profile in found] == ["cpu"]
-
-
-def test_times_are_reported_if_the_peak_cannot_be_measured(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def ended(case: Any, contestant: Any) -> int:
-        raise RuntimeError("the process ended early, with -9")
-
-    monkeypatch.setattr(profiles, "peak_bytes", ended)
-    target = tmp_path / "out.json"
-    arguments = ("--seconds", "0.02", "--no-check", "--json", str(target))
-    result = run("--op", "pair_moe", *arguments)
-    assert "cpu: memory: not measured: the process ended early, with -9" in result.stdout
-    [found] = json.loads(target.read_text())["profiles"]
-    assert found["peak_bytes"] is None
-
-
 def test_the_page_names_only_existing_options() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "profiling.md").read_text()
     shown = typer.main.get_command(app)
@@ -263,45 +205,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_own_layer_next_to_the_reference(checkpoint: Path, tmp_path: Path) -> None:
-    target, trace = tmp_path / "out.json", tmp_path / "trace.json"
-    sizes = ("--batch", "3", "--tokens", "5,4", "--valid", "3,4", "--heads", "2")
-    arguments = ("--checkpoint", str(checkpoint), *sizes, *QUICK)
-    result = run(*arguments, "--json", str(target), "--trace", str(trace))
-    held = json.loads(target.read_text())
-    names = [(found["what"], found["contestant"]) for found in held["profiles"]]
-    assert names == [
-        (f"interaction_moe/mine, batch 3/{phase}/float32", contestant)
-        for phase in ("forward+backward", "forward")
-        for contestant in ("cpu", "reference")
-    ]
-    training, reference, inference, _ = held["profiles"]
-    assert training["flop"] > 3 * inference["flop"]
-    assert reference["ratio"]["median"] > 0
-    stages = [{stage["name"] for stage in x["breakdown"]["stages"]} for x in (training, inference)]
-    assert "flmoe::interaction_losses" in stages[0] - stages[1]
-    assert "flmoe::interaction_losses_backward" in trace.read_text()
-    assert "interaction_moe/mine, batch 3/forward/float32" in result.stdout
-
-
-def test_one_pass_of_an_own_layer(checkpoint: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.json"
-    arguments = ("--checkpoint", str(checkpoint), "--tokens", "5,4", "--batch", "2", *QUICK)
-    run(*arguments, "--pass", "inference", "--no-check", "--json", str(target))
-    [ours, peer] = json.loads(target.read_text())["profiles"]
-    assert ours["what"] == peer["what"] == "interaction_moe/mine, batch 2/forward/float32"
-    run(*arguments, "--pass", "backward", "--backend", "cpu", "--json", str(target))
-    [ours] = json.loads(target.read_text())["profiles"]
-    assert ours["contestant"] == "cpu"
+    sizes = ("--batch", "3", "--tokens", "5,4", "--valid", "3,4", "--heads", "2")
+    arguments = ("--checkpoint", str(checkpoint), *sizes, "--pass", "training", *QUICK)
+    run(*arguments, "--json", str(target))
+    ours, reference = json.loads(target.read_text())["profiles"]
+    assert (ours["contestant"], reference["contestant"]) == ("cpu", "reference")
+    assert ours["what"] == "interaction_moe/mine, batch 3/forward+backward/float32"
+    assert reference["ratio"]["median"] > 0
+    assert "flmoe::interaction_losses" in {x["name"] for x in ours["breakdown"]["stages"]}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "tokens: expected 2 positive numbers, one per modality, got none"),
-        (("--tokens", "5"), "tokens: expected 2 positive numbers, one per modality, got 5"),
         (("--tokens", "5,4", "--batch", "0"), "batch: expected at least 1, got 0"),
         (("--tokens", "5,4", "--valid", "6,4"), "valid: expected 2 numbers from 1 to 5,4, got 6,4"),
-        (("--tokens", "5,4", "--dtype", "int4"), "dtype: expected one of float32"),
         (("--tokens", "5,4", "--heads", "3"), "mine.pt: "),
         (("--tokens", "5,4", "--shape", "mmimdb"), "--shape: does not apply to this kind"),
     ],
@@ -318,29 +238,17 @@ def test_learned_positions_fix_the_tokens(tmp_path: Path) -> None:
     case = LayerCase(lengths=(4, 4), compat="i2moe", dim=16)
     torch.save(case.reference().state_dict(), path)
     arguments = ("--checkpoint", str(path), "--batch", "2", "--heads", "2", *QUICK)
-    assert "cpu" in run(*arguments).stdout
-    for more, message in (
-        (("--tokens", "5,4"), "learned positions fix them to 4,4"),
-        (("--valid", "3,4"), "not supported for a layer with learned positions"),
-    ):
-        assert message in run(*arguments, *more, code=2).stderr
+    shown = run(*arguments, "--backend", "cpu").stdout
+    for phase in ("forward+backward", "forward"):
+        assert f"interaction_moe/older, batch 2/{phase}/float32" in shown
+    message = "learned positions fix them to 4,4"
+    assert message in run(*arguments, "--tokens", "5,4", code=2).stderr
 
 
 def test_a_sparse_layer(tmp_path: Path) -> None:
     path = tmp_path / "sparse.pt"
     case = LayerCase(dim=16, gate="NoisyGate", sparse=True)
     torch.save(case.reference().state_dict(), path)
-    arguments = ("--checkpoint", str(path), "--tokens", "5,4", "--gate", "NoisyGate", *QUICK)
-    assert "cpu" in run(*arguments, "--batch", "2", "--heads", "2").stdout
-
-
-@pytest.mark.skipif(bool(memory_unavailable_reason("cpu")), reason="peaks need Linux's /proc")
-def test_peak_of_an_own_layer_is_that_of_its_batch(checkpoint: Path) -> None:
-    case = profile_request.Request(
-        "interaction_moe", user_shape(str(checkpoint), 512, (5, 4))
-    ).case()
-    peak = peak_bytes(case, "reference")
-    assert peak is not None
-    # At least one set of float32 rows in every expert and view, which the reference keeps for its backward.
-    rows = 512 * 9 * 16 * 4 * 4 * 3
-    assert rows < peak < 100 * rows
+    arguments = ("--checkpoint", str(path), "--tokens", "5,4", "--batch", "2", "--heads", "2")
+    quick = ("--pass", "inference", "--backend", "cpu", *QUICK)
+    assert "cpu" in run(*arguments, "--gate", "NoisyGate", *quick).stdout

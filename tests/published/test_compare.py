@@ -16,9 +16,8 @@ from flmoe_kernels.layers.interaction_moe.structure import describe
 from flmoe_kernels.layers.routed_mlp.structure import describe as describe_mlp
 from flmoe_kernels.published.agreement import Disagreement
 from flmoe_kernels.published.calls import Case
-from flmoe_kernels.published.compare import _clear_choices, compare
+from flmoe_kernels.published.compare import compare
 from flmoe_kernels.published.swap import swap
-from tests.support import fastmoe
 from tests.support.inputs import draw
 from tests.support.lineage import fl, i2, make_layer, make_sparse_layer
 from tests.support.lineage_sparse import GATES, FMoETransformerMLP, make_mlp
@@ -45,30 +44,23 @@ class Around(nn.Module):
 
 Change = Callable[[Any], Any]
 WRONG_LAYERS: list[tuple[str, Change]] = [
-    ("logits differ", lambda out: (out[0], out[1], torch.zeros_like(out[2]), *out[3:])),
     ("logits differ", lambda out: (out[0], out[1], out[2] * 1.0001, *out[3:])),
     ("logits differ", lambda out: (out[0], out[1], out[2] * float("nan"), *out[3:])),
     ("logits differ", lambda out: ([out[0][0], *out[0][:-1]], *out[1:])),
     ("weights differ", lambda out: (out[0], out[1].flip(1), *out[2:])),
     ("fast layer's losses differ", lambda out: (*out[:3], [*out[3][:-1], 0 * out[3][0]], out[4])),
     ("fast layer's losses differ", lambda out: (*out[:3], [1.0001 * x for x in out[3]], out[4])),
-    ("fast layer's losses: 3, expected 4", lambda out: (*out[:3], out[3][1:], *out[4:])),
     ("latents differ", lambda out: (*out[:-1], [z + 1e-4 for z in out[-1]])),
-    ("logits: the shapes", lambda out: (out[0], out[1], out[2][:, :1], *out[3:])),
     ("fast layer fails: ZeroDivisionError", lambda out: (1 // 0,)),
 ]
 WRONG_MLPS: list[tuple[str, Change]] = [
-    ("outputs differ", torch.zeros_like),
     ("outputs differ", lambda out: 1.001 * out),
-    ("outputs differ", lambda out: out + 0.001),
     ("outputs differ", lambda out: out.flip(0)),
     ("outputs differ", lambda out: out * float("nan")),
     (r"expected an output \(\d+, 16\), got \(\d+, 15\)", lambda out: out[:, 1:]),
-    ("the fast layer fails: ZeroDivisionError", lambda out: out * (1 // 0)),
 ]
 WRONG = [(InteractionMoE, make_layer, *row) for row in WRONG_LAYERS]
 WRONG += [(RoutedMLP, make_mlp, *row) for row in WRONG_MLPS]
-WRONG += [(RoutedMLP, lambda: make_mlp().double(), *row) for row in WRONG_MLPS]
 
 
 @pytest.mark.parametrize(("kind", "make", "reason", "change"), WRONG)
@@ -83,12 +75,12 @@ def test_a_wrong_fast_layer_is_caught(
     assert snapshot(layer) == before
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("gate", [None, "inside", *GATES])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("gate", [None, "inside", "GShardGate", "AddtionalNoisyGate"])
 def test_other_dtypes_pass_and_zeros_fail(
     monkeypatch: pytest.MonkeyPatch, gate: str | None, dtype: torch.dtype
 ) -> None:
-    """A dense layer, a sparse layer, and sparse MLPs with each gate."""
+    """A dense layer, a sparse layer, and sparse MLPs."""
     makes: dict[str | None, Make] = {None: lambda: make_layer(i2)}
     makes["inside"] = lambda: make_sparse_layer(i2)
     make = makes.get(gate, lambda: make_mlp(gate))
@@ -106,8 +98,7 @@ def test_other_dtypes_pass_and_zeros_fail(
     assert re.search("(logits|outputs) differ", left(swap(make().to(dtype))))
 
 
-@pytest.mark.parametrize("mode", [True, False])
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("given", "mode"), [(False, True), (True, False)])
 def test_has_no_side_effects(given: bool, mode: bool) -> None:
     model = Around(make_layer()).train(mode)
     model.drop.eval()
@@ -140,11 +131,10 @@ def test_has_no_side_effects(given: bool, mode: bool) -> None:
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("make", [make_mlp, make_sparse_layer])
-def test_keeps_the_state_of_sparse_mlps(make: Any, mode: bool) -> None:
+def test_keeps_the_state_of_sparse_mlps(make: Any) -> None:
     """A swap that replaces the layer keeps losses, stored choices and capacities."""
-    layer = make().train(mode)
+    layer = make().train()
     out = layer(draw(6, 16)) if make is make_mlp else layer([draw(2, 7, 16), draw(2, 4, 16)])[2]
     before = [snapshot(part) for part in layer.children()]
     torch.manual_seed(4)
@@ -156,25 +146,12 @@ def test_keeps_the_state_of_sparse_mlps(make: Any, mode: bool) -> None:
     out.sum().backward()
 
 
-def own_mlp(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    monkeypatch.setattr(fastmoe.FMoELinear, "__module__", "fmoe.linear")
-    monkeypatch.setattr(FMoETransformerMLP, "forward", lambda *_: pytest.fail("was run"))
-    return make_mlp()
-
-
-def own_layer(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+def test_fastmoes_own_modules_are_not_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU they would end the process, because their kernels treat the addresses as the GPU's."""
     monkeypatch.setattr(fl.TransformerEncoderLayer, "__module__", "fmoe.transformer")
     monkeypatch.setattr(fl.InteractionMoE, "forward", lambda *_: pytest.fail("was run"))
-    return make_layer()
-
-
-@pytest.mark.parametrize("make", [own_mlp, own_layer])
-def test_fastmoes_own_modules_are_not_run_on_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, make: Callable[[pytest.MonkeyPatch], nn.Module]
-) -> None:
-    """On the CPU they would end the process, because their kernels treat the addresses as the GPU's."""
-    assert "only on a CUDA device" in left(swap(make(monkeypatch), strict=False))
-    assert swap(make(monkeypatch), check=False, strict=False).left == ()
+    assert "only on a CUDA device" in left(swap(make_layer(), strict=False))
+    assert swap(make_layer(), check=False, strict=False).left == ()
 
 
 @pytest.mark.parametrize("via", ["forward", "inference"])
@@ -229,14 +206,10 @@ X = torch.randn(2, 4, 16)
     ("make", "inputs", "masks", "reason"),
     [
         (make_layer, [X], None, "inputs of shapes"),
-        (make_layer, [], None, r"inputs of shapes \[\]"),
-        (make_layer, [X[:, 0]] * 2, None, r"\(2, 16\)"),
         (make_layer, [X] * 2, [None] * 3, "3 masks for 2 modalities"),
         (make_layer, [X] * 2, [torch.zeros(2, 4)] * 2, "no sample with a valid token"),
         (lambda: make_layer(i2), [X] * 2, [torch.ones(2, 4)] * 2, "takes none"),
-        (make_mlp, [], None, r"expected one \(\.\.\., 16\)"),
         (make_mlp, [X[..., 1:]], None, r"expected one \(\.\.\., 16\)"),
-        (make_mlp, [X] * 2, None, r"expected one \(\.\.\., 16\)"),
     ],
 )
 def test_captured_calls_that_cannot_be_compared(
@@ -248,14 +221,7 @@ def test_captured_calls_that_cannot_be_compared(
         compare(layer, spec, Case(inputs, masks))
 
 
-def test_a_call_with_a_single_token_is_compared() -> None:
-    report = swap(nn.Sequential(make_mlp()), inputs=(X[0, 0],))
-    assert len(report.swapped_mlps) == 1
-
-
 def test_tokens_whose_choice_depends_on_rounding_are_excluded() -> None:
-    large = torch.tensor([[3.0, 2.0, 1.9], [3e7, 2e7, 1e7], [3.0, 2.0, 2.0]]).double()
-    assert _clear_choices(large, 2, torch.float32).tolist() == [True, True, False]
     mlp = make_mlp()
     with torch.no_grad():
         mlp.gate.gate.weight.zero_()

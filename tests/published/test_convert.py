@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from flmoe_kernels.cli.main import app
 from flmoe_kernels.layers.interaction_moe.build import build
-from flmoe_kernels.published import convert
 from flmoe_kernels.published.convert import load_checkpoint
 from flmoe_kernels.published.file import CheckpointError
 from flmoe_kernels.published.swap import swap
@@ -40,8 +39,7 @@ def problem(path: Path) -> str:
     return message
 
 
-@pytest.mark.parametrize("layers", [1, 2, 4])
-@pytest.mark.parametrize("modalities", [2, 3, 5])
+@pytest.mark.parametrize(("modalities", "layers"), [(2, 1), (3, 4)])
 @pytest.mark.parametrize("variant", [fl, i2])
 def test_reads_the_architecture(tmp_path: Path, variant: Any, modalities: int, layers: int) -> None:
     layer = make_layer(variant, modalities=modalities, layers=layers, reweight_layers=layers)
@@ -81,16 +79,13 @@ BAD_FILES: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: None, "No such file"),
     (lambda path: path.write_text("epoch: 3\n"), "not a PyTorch checkpoint"),
     (lambda path: truncated(path, 0.6), "or truncated"),
-    (lambda path: truncated(path, 0.999), "or truncated"),
     (lambda path: truncated(path, 0.6, legacy=True), "truncated"),
     (
         lambda path: save(path, {"ensemble_model": Code()}),
         r"contains \w+.system, which is not plain data",
     ),
     (pickled(2), r"contains \w+.system, which is not plain data; not loaded"),
-    (lambda path: save(path, make_layer()), "which is not plain data"),
     (lambda path: save(path, [1]), "holds a list, expected a state_dict"),
-    (lambda path: save(path, torch.ones(2)), "holds a Tensor"),
 ]
 
 
@@ -110,19 +105,10 @@ def test_bad_files_get_one_line_and_exit_code_2(
     assert [entry.name for entry in tmp_path.iterdir()] == (["bad.pt"] if path.exists() else [])
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: content[:100],
-        lambda content: (2**62).to_bytes(8, "little") + content[8:],
-        lambda content: bytes(8) + content[8:],
-    ],
-    ids=["truncated", "a header beyond the file", "no header"],
-)
-def test_damaged_safetensors(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_damaged_safetensors(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     path = tmp_path / "a.safetensors"
-    path.write_bytes(damage(safetensors.save(make_layer().state_dict())))
+    path.write_bytes(safetensors.save(make_layer().state_dict())[:100])
     assert "not a .safetensors file, or truncated" in problem(path)
 
 
@@ -136,7 +122,6 @@ def with_value(key: str, value: Any) -> Callable[[State], object]:
 
 
 BAD_KEYS: list[tuple[Callable[[State], object], list[str]]] = [
-    (with_value("extra\nline", torch.ones(1)), ["unknown: extra line"]),
     (
         lambda state: state.update(
             {
@@ -156,18 +141,6 @@ BAD_KEYS: list[tuple[Callable[[State], object], list[str]]] = [
         with_value(EXPERT + "pos_embed", torch.ones(1, 10, 16)),
         ["missing: interaction_experts.0.fusion_model.pos_embed"],
     ),
-    (
-        with_value(EXPERT + "network.0.mlp.experts.htoh4.weight", torch.ones(4, 32, 16)),
-        [
-            "sparse with 4 experts, top 2 of a GShardGate",
-            "missing: interaction_experts.0.fusion_model.network.0.mlp.gate.gate.weight",
-            "unknown: interaction_experts.0.fusion_model.network.0.mlp.network.0.weight",
-        ],
-    ),
-    (
-        with_value(EXPERT + "network.0.mlp.all_gates.0.gate.weight", torch.ones(4, 16)),
-        ["no usable tensor at any key", "experts.htoh4.weight"],
-    ),
     (without("experts.3."), ["expected at least 4 experts (two modalities), got 3"]),
     (without(".fc."), ["no keys of the experts' heads"]),
     (
@@ -175,18 +148,8 @@ BAD_KEYS: list[tuple[Callable[[State], object], list[str]]] = [
         ["a number in a key is larger"],
     ),
     (
-        lambda state: state.update(
-            {key: torch.tensor(1.0) for key in state if key.endswith("norm1.weight")}
-        ),
-        ["no usable tensor", "norm1.weight"],
-    ),
-    (
         with_value("reweight.mlp.network.0.bias", torch.ones(20).half()),
         ["expected one floating dtype, got torch.float16, torch.float32"],
-    ),
-    (
-        lambda state: state.update({key: value.long() for key, value in state.items()}),
-        ["expected one floating dtype, got torch.int64"],
     ),
 ]
 
@@ -197,24 +160,12 @@ SPARSE_KEYS: list[tuple[bool, Callable[[State], object], list[str]]] = [
         lambda state: state[MLP + "gate.gate.bias"].add_(1),
         ["gate.bias", "differ, but are the same gate"],
     ),
-    (False, without(MLP + "experts.h4toh.bias"), [f"missing: {MLP}experts.h4toh.bias"]),
     (
         False,
         with_value(MLP + "experts.h4toh.weight", torch.ones(5, 3, 32)),
         ["wrong shape: ", "h4toh.weight is (5, 3, 32), expected (5, 16, 32)"],
     ),
     (True, without(MLP + "experts.2.htoh4.bias"), ["Missing key", "experts.2.htoh4.bias"]),
-    (
-        True,
-        with_value(MLP + "experts.2.htoh4.bias", torch.ones(1, 3)),
-        ["size mismatch for ", "experts.2.htoh4.bias"],
-    ),
-    (False, without(".htoh4."), ["no usable tensor", "htoh4"]),
-    (
-        False,
-        with_value(MLP + "all_gates.99999999.gate.bias", torch.ones(5)),
-        ["a number in a key is larger"],
-    ),
 ]
 WRONG_KEYS = [(make_layer, {}, *row) for row in BAD_KEYS]
 WRONG_KEYS += [(make_sparse_layer, {"apart": apart}, *row) for apart, *row in SPARSE_KEYS]
@@ -236,33 +187,13 @@ def test_wrong_keys_are_listed(
         assert part in message
 
 
-def test_files_of_other_kinds_are_not_read_by_torch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "a.pt"
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("read"))
-    for content in (b"epoch: 3\n", bytes(512), b"cposix\nsystem\n."):
-        path.write_bytes(content)
-        assert "not a PyTorch checkpoint" in problem(path)
-
-
-def test_shared_memory_does_not_multiply_unseen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Parameters that share memory in a small file have memory of their own in a layer."""
-    monkeypatch.setattr(convert, "available_bytes", lambda device: 10**4)
-    path = save(tmp_path / "a.pt", make_layer().state_dict())
-    assert "expected parameters of at most 10000 bytes, the available memory" in problem(path)
-
-
-@pytest.mark.parametrize("variant", [fl, i2])
-def test_reads_the_layout_of_separate_experts(tmp_path: Path, variant: Any) -> None:
-    layer = make_sparse_layer(variant, apart=True, layers=2)
+def test_reads_the_layout_of_separate_experts(tmp_path: Path) -> None:
+    layer = make_sparse_layer(fl, apart=True, layers=2)
     assert MLP + "experts.4.htoh4.weight" in layer.state_dict()
     path = save(tmp_path / "a.pt", {"ensemble_model": layer.state_dict()})
     state, architecture = load_checkpoint(path)
     assert architecture.sparse.num_experts == 5
-    assert state.keys() == make_sparse_layer(variant, layers=2).state_dict().keys()
+    assert state.keys() == make_sparse_layer(fl, layers=2).state_dict().keys()
     reference = build(architecture, 2)
     reference.load_state_dict(state, strict=True)
     inputs = [draw(3, 5, 16, seed=m) for m in range(2)]

@@ -55,10 +55,6 @@ CASES: list[tuple[Any, list[str]]] = [
         lambda: make_sparse_layer(i2, "AddtionalNoisyGate"),
         [GATE_LOSSES + LAST.replace("only the last modality", "all modalities")],
     ),
-    (
-        lambda: with_settings(make_sparse_layer(i2, sparse=False), random_routing=True),
-        [ROUTING, *CAPACITY],
-    ),
     (lambda: with_settings(make_mlp(), random_routing=True), [ROUTING, *CAPACITY]),
     (lambda: make_mlp("SwitchGate"), [GATE_LOSSES, *CAPACITY]),
     (lambda: make_mlp("NaiveGate"), []),
@@ -86,20 +82,6 @@ def test_the_sizes_are_those_of_the_layers_own_settings() -> None:
         sizes.append((published, here))
     assert sizes[0][0] > 0
     assert sizes[1] == (0, 0)
-
-
-def test_padded_tokens_do_not_count_as_dropped() -> None:
-    found = differences(with_settings(make_sparse_layer(fl), capacity=(9.0, 9.0)))
-    assert sum(" 0 choices of valid tokens dropped before swap, 0 after" in x for x in found) == 2
-
-
-def test_the_size_of_random_routing_is_that_of_the_outputs() -> None:
-    (size,) = (
-        value
-        for text, value in differences(with_settings(make_mlp(), random_routing=True)).items()
-        if "random routing" in text
-    )
-    assert 0.1 < size < 10
 
 
 def test_samples_without_tokens_are_counted() -> None:

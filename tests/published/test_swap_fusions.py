@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flmoe_kernels import FusionTransformer, RoutedMLP
 from flmoe_kernels.published.swap import swap
 from tests.support.inputs import draw
-from tests.support.lineage import MaxPooled, fl, i2, make_layer
+from tests.support.lineage import MaxPooled, fl, i2
 from tests.support.lineage_sparse import GATES, lifted
 from tests.support.swaps import Encoded, left
 
@@ -30,7 +29,7 @@ def make_fusion(variant: Any = fl, modalities: int = 2, kind: Any = None, **opti
 
 SPARSE = {"mlp_sparse": True, "num_layers": 3}
 KINDS: list[tuple[Any, int, dict[str, Any]]] = [
-    *((variant, m, {}) for variant in (fl, i2) for m in (1, 2, 3)),
+    *((variant, m, {}) for variant in (fl, i2) for m in (1, 3)),
     *((fl, 2, {**SPARSE, "gate": gate}) for gate in GATES),
     (i2, 1, {**SPARSE, "num_routers": 2}),
 ]
@@ -51,7 +50,6 @@ def test_a_lone_fusion_model_is_replaced(
     assert isinstance(model.moe, FusionTransformer)
     assert all(value is before[name] for name, value in model.named_parameters())
     assert any("gate losses" in x.text for x in entry.differences) == bool(options)
-    assert re.search(r"(?m)^moe +\w+ +\d +random( +\d\.\de-\d\d){2} +\d+\.\dx$", str(report))
     assert report.as_dict()["swapped_fusions"][0]["name"] == "moe"
 
     parts = [draw(3, 5, 4, seed=m) for m in range(modalities)]
@@ -67,21 +65,17 @@ def test_a_lone_fusion_model_is_replaced(
     assert expected[0].std() > 0.01
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("variant", [fl, i2])
-def test_other_dtypes_pass_and_zeros_fail(
-    monkeypatch: pytest.MonkeyPatch, variant: Any, dtype: torch.dtype
-) -> None:
-    assert len(swap(make_fusion(variant).to(dtype)).swapped_fusions) == 1
+def test_other_dtypes_pass_and_zeros_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        assert len(swap(make_fusion().to(dtype)).swapped_fusions) == 1
     right = FusionTransformer.forward
 
     def zeros(self: Any, inputs: Any, masks: Any = None, return_latent: bool = False) -> Any:
         logits, latent = right(self, inputs, masks, return_latent=True)
         return (0 * logits, latent) if return_latent else 0 * logits
 
-    if dtype == torch.float64:  # in bfloat16 the fast class is also the peer
-        monkeypatch.setattr(FusionTransformer, "forward", zeros)
-        assert "logits differ" in left(swap(make_fusion(variant).to(dtype)))
+    monkeypatch.setattr(FusionTransformer, "forward", zeros)
+    assert "logits differ" in left(swap(make_fusion().double()))
 
 
 def test_compares_on_the_models_inputs() -> None:
@@ -95,20 +89,8 @@ def test_compares_on_the_models_inputs() -> None:
     ]
 
 
-class Rewritten(fl.Transformer):
-    def forward(self, inputs: list[Tensor], masks: Any = None, return_latent: bool = False) -> Any:
-        return super().forward([x + 0 for x in inputs], masks, return_latent)
-
-
 def renamed(kind: type[nn.Module]) -> type[nn.Module]:
     return type("Transformer", (kind,), {})
-
-
-def test_edited_fusion_models() -> None:
-    assert "Rewritten.forward" in left(swap(make_fusion(fl, 2, renamed(Rewritten))))
-    report = swap(make_fusion(fl, 2, renamed(Rewritten)), strict=False)
-    assert report.left == ()
-    assert "eval mode only, source unrecognised" in str(report).splitlines()[0]
 
 
 class Transformer(nn.Module):
@@ -119,12 +101,8 @@ class Transformer(nn.Module):
         self.network = nn.Sequential(nn.TransformerEncoderLayer(8, 2), nn.Linear(8, 3))
 
 
-@pytest.mark.parametrize(
-    "model",
-    [Transformer(), nn.Transformer(8, 2, 1, 1, batch_first=True), nn.ModuleList([Transformer()])],
-)
-def test_other_transformers_are_not_reported(model: nn.Module) -> None:
-    report = swap(model)
+def test_other_transformers_are_not_reported() -> None:
+    report = swap(nn.ModuleList([Transformer(), nn.Transformer(8, 2, 1, 1, batch_first=True)]))
     assert report.left == ()
     assert str(report).startswith("Nothing to swap: no module named InteractionMoE, ")
 
@@ -139,11 +117,6 @@ def test_near_misses_are_left_with_the_reason() -> None:
     assert [entry.name for entry in report.swapped_mlps] == ["network.0.mlp", "network.2.mlp"]
     assert isinstance(report.model.get_submodule("network.0.mlp"), RoutedMLP)
     assert len(report.left) == 1
-
-
-def test_fusion_models_of_interaction_layers_are_part_of_them() -> None:
-    report = swap(nn.ModuleList([make_layer(), make_fusion()]))
-    assert [len(x) for x in (report.swapped, report.swapped_fusions, report.left)] == [1, 1, 0]
 
 
 def test_hooks_and_mode_are_kept() -> None:
