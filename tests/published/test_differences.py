@@ -84,6 +84,12 @@ def test_the_sizes_are_those_of_the_layers_own_settings() -> None:
     assert sizes[1] == (0, 0)
 
 
+def test_padded_tokens_do_not_count_as_dropped() -> None:
+    layer = make_sparse_layer(fl, layers=1)
+    found = differences(with_settings(layer, capacity=(9.0, 9.0)))
+    assert sum(" 0 choices of valid tokens dropped before swap, 0 after" in x for x in found) == 2
+
+
 def test_samples_without_tokens_are_counted() -> None:
     inputs = [draw(3, 4, 16), draw(3, 5, 16)]
     masks = [torch.ones(3, 4), torch.ones(3, 5)]
