@@ -12,15 +12,11 @@ from torch import Tensor, nn
 
 from flmoe_kernels import RoutedMLP
 from flmoe_kernels.layers.interaction_moe.module import InteractionMoE
-from flmoe_kernels.layers.interaction_moe.structure import describe
-from flmoe_kernels.layers.routed_mlp.structure import describe as describe_mlp
-from flmoe_kernels.published.agreement import Disagreement
-from flmoe_kernels.published.calls import Case
 from flmoe_kernels.published.compare import compare
 from flmoe_kernels.published.swap import swap
 from tests.support.inputs import draw
 from tests.support.lineage import fl, i2, make_layer, make_sparse_layer
-from tests.support.lineage_sparse import GATES, FMoETransformerMLP, make_mlp
+from tests.support.lineage_sparse import GATES, make_mlp
 from tests.support.swaps import Make, left, snapshot
 
 
@@ -197,28 +193,6 @@ def test_a_failing_model_stops_the_swap_before_it_changes_anything() -> None:
     with pytest.raises(ArithmeticError, match="the model's own"):
         swap(model, inputs={"a": None, "b": None, "fail": True})
     assert snapshot(model) == before
-
-
-X = torch.randn(2, 4, 16)
-
-
-@pytest.mark.parametrize(
-    ("make", "inputs", "masks", "reason"),
-    [
-        (make_layer, [X], None, "inputs of shapes"),
-        (make_layer, [X] * 2, [None] * 3, "3 masks for 2 modalities"),
-        (make_layer, [X] * 2, [torch.zeros(2, 4)] * 2, "no sample with a valid token"),
-        (lambda: make_layer(i2), [X] * 2, [torch.ones(2, 4)] * 2, "takes none"),
-        (make_mlp, [X[..., 1:]], None, r"expected one \(\.\.\., 16\)"),
-    ],
-)
-def test_captured_calls_that_cannot_be_compared(
-    make: Make, inputs: list[Tensor], masks: Any, reason: str
-) -> None:
-    layer = make()
-    spec = (describe_mlp if isinstance(layer, FMoETransformerMLP) else describe)(layer)
-    with pytest.raises(Disagreement, match=reason):
-        compare(layer, spec, Case(inputs, masks))
 
 
 def test_tokens_whose_choice_depends_on_rounding_are_excluded() -> None:

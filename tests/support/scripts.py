@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import flmoe_kernels
 from flmoe_kernels.published.fingerprints import FINGERPRINTS
@@ -216,6 +217,20 @@ def hooks(published: Any) -> str:
     return "one call per modality; what the MLP records is " + close(records[1], records[0])
 
 
+@row("FlopCounterMode")
+def flops(published: Any) -> str:
+    inputs, masks = data(published)
+    layer = layer_of(published)
+    counts = []
+    for model in (layer, swapped(layer)):
+        with FlopCounterMode(display=False) as counter:
+            model.inference(inputs, *masks)
+        counts.append(counter.get_total_flops())
+    # The swapped layer computes no padded tokens; its mixture of experts is counted, the original's is not.
+    assert 0.5 * counts[0] < counts[1] < 1.01 * counts[0], counts
+    return f"{counts[1]:,} FLOP, published {counts[0]:,}"
+
+
 @row("checkpoints: saved, loaded strictly on both sides, one after another")
 def checkpoints(published: Any) -> str:
     layer, other = layer_of(published, sparse=True), layer_of(published, sparse=True)
@@ -234,6 +249,16 @@ def checkpoints(published: Any) -> str:
         layer.load_state_dict(torch.load(path, weights_only=True)["ensemble_model"], strict=True)
     assert sum(p.numel() for p in fast.parameters()) == sum(p.numel() for p in layer.parameters())
     return f"results {found}, {close(layer.inference(inputs, *masks)[2], expected)}"
+
+
+@row("inputs that share memory; inputs are not changed")
+def inputs_are_kept(published: Any) -> str:
+    inputs, masks = data(published)
+    inputs[1] = inputs[1][:1].expand_as(inputs[1])
+    before = [x.clone() for x in inputs]
+    model = swapped(fusion_of(published))
+    model(inputs, *masks)
+    return close(inputs, before, 0.0)
 
 
 @row("a swapped fusion model as the template of a layer")
