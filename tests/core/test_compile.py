@@ -72,8 +72,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, seed: Tensor) -> tupl
     return expert_attention(q, k, v, cu, dropout_p=0.5, seed=seed, return_lse=True)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("shape", [(12, 2, 5), (3, 12, 2, 5)])
+@pytest.mark.parametrize(("shape", "dynamic"), [((12, 2, 5), False), ((3, 12, 2, 5), True)])
 def test_expert_attention(shape: tuple[int, ...], dynamic: bool) -> None:
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for rows in (12, 9):
@@ -97,8 +96,7 @@ def test_runs_out_of_range_are_refused_in_compiled_code_too() -> None:
             compiled(q, q, q, torch.tensor(bounds, dtype=torch.int32), make_seed())
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("reduce", ["none", "experts", "pool"])
+@pytest.mark.parametrize(("reduce", "dynamic"), [("none", False), ("pool", True)])
 def test_pair_moe(reduce: str, dynamic: bool) -> None:
     kinds = ("unique_a", "synergy", "null")
 
@@ -139,7 +137,7 @@ def test_a_negative_target_is_refused_in_compiled_code_too() -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        *(dataclasses.replace(FL, masks=masks) for masks in ("none", "partial", "mixed")),
+        dataclasses.replace(FL, masks="mixed"),
         dataclasses.replace(FL, masks="padded_sample", layers=1, gate="GShardGate", capacity=0.5),
         I2,
     ],
@@ -150,11 +148,12 @@ def test_layer(case: LayerCase) -> None:
     masks = draw_masks(case.masks, case.batch, case.lengths)
     noise = draw_replacements(x, case.experts)
     expected = outputs_and_gradients(layer, x, masks, noise)
-    found = outputs_and_gradients(Whole(layer, "aot_eager"), x, masks, noise)
+    compiled = Whole(layer, "aot_eager")
+    found = outputs_and_gradients(compiled, x, masks, noise)
     for one, other in zip(found, expected, strict=True):
         assert_same(one, other)
     # Negative control: the comparison detects another input.
-    other = outputs_and_gradients(Whole(layer, "aot_eager"), [x[0] + 0.1, x[1]], masks, noise)
+    other = outputs_and_gradients(compiled, [x[0] + 0.1, x[1]], masks, noise)
     with pytest.raises(AssertionError):
         assert_same(other[0], expected[0])
 
@@ -191,10 +190,9 @@ def test_forward_without_gradients_omits_masked_tokens(how: str) -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", [FL, I2], ids=str)
-def test_training_with_dropout_and_fresh_noise(case: LayerCase) -> None:
+def test_training_with_dropout_and_fresh_noise() -> None:
     """Random numbers in the graph are finite, new in every call, and repeated by torch.manual_seed."""
-    case = dataclasses.replace(case, dropout=0.5)
+    case = dataclasses.replace(FL, dropout=0.5)
     compiled = Whole(fast_layer(case), "aot_eager")
     x = case.inputs()
 
@@ -272,17 +270,3 @@ def test_a_block_inside_and_calls_after_it() -> None:
             function(x) == nested(x) == ("reference", "reference", "cpu", "reference", "reference")
         )
     assert choose("pair_moe", x) == "cpu"
-
-
-def test_a_graph_break_inside_a_block() -> None:
-    def broken(x: Tensor) -> tuple[str, str, str]:
-        with use_backend("reference"):
-            first = choose("pair_moe", x)
-            torch._dynamo.graph_break()
-            second = choose("pair_moe", x)
-        return first, second, choose("pair_moe", x)
-
-    function = torch.compile(broken, backend="eager")
-    for _ in range(2):
-        assert function(torch.randn(2)) == ("reference", "reference", "cpu")
-    assert choose("pair_moe", torch.randn(2)) == "cpu"

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from flmoe_kernels import BackendUnavailable
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import native as loading
 from flmoe_kernels.core import self_check
-from flmoe_kernels.ops.routing import cuda
 from flmoe_kernels.ops.routing.api import dispatch, gate
 from tests.support.programs import output_of
 from tests.support.stand_in_gpu import on_cuda
@@ -21,9 +19,6 @@ from tests.support.stand_in_gpu import on_cuda
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ON_GPU, WHY_NOT = backends.backend_status()["cuda"]
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason=f"the kernels do not run here: {WHY_NOT}")
-needs_two_gpus = pytest.mark.skipif(
-    not ON_GPU or torch.cuda.device_count() < 2, reason="needs two GPUs"
-)
 native = backends.native()
 pytestmark = pytest.mark.filterwarnings("ignore::flmoe_kernels.core.backend.BackendWarning")
 
@@ -102,60 +97,6 @@ def test_a_machine_with_all_requirements(monkeypatch: pytest.MonkeyPatch) -> Non
         backends.choose("routing", on_cuda(torch.int64), "cuda")
 
 
-def test_status_distinguishes_builds_with_and_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python -m flmoe_kernels info` shows this, even without a device."""
-    machine(monkeypatch, cuda_devices=(0, ""), torch_has_one=False)
-    assert backends.backend_status()["cuda"] == (
-        False,
-        "there is no CUDA device (none is visible); kernels were built, for sm_80 sm_90a sm_100, PTX 80",
-    )
-    machine(monkeypatch, cuda_build=("", "nvcc was not found"))
-    reason = "the native module was built without CUDA (nvcc was not found)"
-    assert backends.backend_status()["cuda"] == (False, reason)
-
-
-def test_a_device_is_queried_once_per_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A query that failed may succeed later, and queries cost time."""
-    machine(monkeypatch)
-    answers = [(0, 0, "out of memory"), (9, 0, "")]
-    asked = []
-
-    def probe(device: int) -> tuple[int, int, str]:
-        asked.append(device)
-        return answers[min(len(asked), 2) - 1]
-
-    monkeypatch.setattr(loading._module, "cuda_probe", probe)
-    assert backends.choose("routing", on_cuda()) == "reference"
-    assert backends.choose("routing", on_cuda()) == "cuda"
-    assert asked == [0, 0]
-    assert backends.choose("routing", on_cuda(), "cuda") == "cuda"
-    assert asked == [0, 0, 0]
-
-
-def test_calls_of_a_build_without_cuda_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Includes direct calls of the registered operators."""
-    machine(monkeypatch, cuda_build=("", "nvcc was not found"))
-    logits, index = torch.zeros(3, 2), torch.zeros(3, 1, dtype=torch.int64)
-    message = r"^backend 'cuda': the native module was built without CUDA \(nvcc was not found\)$"
-    for call in (
-        lambda: cuda.gate(logits, 1, False),
-        lambda: cuda.limit(index, None, 2, 1),
-        lambda: cuda.dispatch(index, 2),
-    ):
-        with pytest.raises(BackendUnavailable, match=message):
-            call()
-
-
-def test_the_device_query_does_not_break_a_trace() -> None:
-    """Backends are chosen while the compiler traces, which cannot trace into the native module."""
-
-    def ask(x: Tensor) -> Tensor:
-        return x + len(loading.cuda_unavailable_reason()) + len(loading.cuda_unavailable_reason(0))
-
-    compiled = torch.compile(ask, fullgraph=True, backend="eager")
-    assert compiled(torch.zeros(1)).item() == ask(torch.zeros(1)).item()
-
-
 @pytest.mark.skipif(ON_GPU, reason="the kernels run here")
 def test_without_a_gpu_the_call_says_why() -> None:
     for call in (
@@ -197,13 +138,3 @@ def test_device_queries_create_no_context() -> None:
     before, after = after_asking(CONTEXTS).splitlines()
     assert set(before.split()) == {"0"}
     assert after.split()[0] == "1", "control: a tensor creates a context"
-
-
-@needs_two_gpus
-def test_device_queries_keep_the_current_device() -> None:
-    for device in (0, 1):
-        with torch.cuda.device(device):
-            assert backends.backend_status()["cuda"][0]
-            assert not loading.cuda_unavailable_reason(1 - device)
-            assert torch.cuda.current_device() == device
-            assert torch.empty(1, device="cuda").device.index == device

@@ -7,6 +7,7 @@ results. As a script, this file saves its results: the tests run it once per ins
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -30,7 +31,6 @@ from tests.support.inputs import (
     cumulative,
     draw,
     draw_masks,
-    draw_replacements,
     gradients,
     make_seed,
 )
@@ -43,6 +43,8 @@ from tests.support.routed_cases import run as run_routed
 ROOT = Path(__file__).resolve().parents[2]
 OPS = torch.ops.flmoe
 THREADS = (1, 2, 3)
+# Sizes for comparisons with the reference, which is slow.
+LONGEST, ROWS = 200, 70
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STEP = LayerCase((150, 70), dim=48, heads=4, layers=2, batch=3, dropout=0.5, masks="partial")
 STEP_I2 = LayerCase((40, 40), "i2moe", dim=48, heads=4, layers=2, batch=3, dropout=0.5)
@@ -50,14 +52,16 @@ ROUTED = {"sparse": True, "gate": "GShardGate", "capacity": 0.6}
 STEPS = [x for step in (STEP, STEP_I2) for x in (step, dataclasses.replace(step, **ROUTED))]
 
 
-def attention(dtype: torch.dtype, backend: str, wide: torch.dtype | None = None) -> list[Tensor]:
-    """More rows than a work item forward and backward, an empty run and uncovered rows.
+def attention(
+    dtype: torch.dtype, backend: str, wide: torch.dtype | None = None, longest: int = 1030
+) -> list[Tensor]:
+    """By default more rows than a work item forward and backward; an empty run and uncovered rows.
 
     Inputs are rounded to `dtype`; computation is in `wide`.
     """
-    shape = (2, 1200, 3, 20)
+    shape = (2, longest + 170, 3, 20)
     qkv = [draw(*shape, dtype=dtype, seed=i).to(wide or dtype).requires_grad_() for i in range(3)]
-    runs = cumulative([3, 1030, 0, 130], first=5)
+    runs = cumulative([3, longest, 0, 130], first=5)
     out = expert_attention(*qkv, runs, dropout_p=0.3, seed=make_seed(), backend=backend)
     return [out.detach(), *gradients([out], qkv)]
 
@@ -89,10 +93,12 @@ def losses(dtype: torch.dtype) -> list[Tensor]:
     return [out.detach(), *gradients([out], [latents])]
 
 
-def pairs(dtype: torch.dtype, backend: str, wide: torch.dtype | None = None) -> list[Tensor]:
-    """All reductions, with more rows and columns than a block, a chunk and a work item."""
+def pairs(
+    dtype: torch.dtype, backend: str, wide: torch.dtype | None = None, rows: int = 530
+) -> list[Tensor]:
+    """All reductions; by default more rows and columns than a block, a chunk and a work item."""
     kinds = ("unique_a", "unique_b", "synergy", "redundancy", "null")
-    shapes = [(530, 9), (300, 9), (530, 20), (300, 20)]
+    shapes = [(rows, 9), (300, 9), (rows, 20), (300, 20)]
     leaves = [
         draw(1, 5, *shape, dtype=dtype, seed=i).to(wide or dtype).requires_grad_()
         for i, shape in enumerate(shapes)
@@ -165,8 +171,7 @@ def test_large_calls_do_not_depend_on_threads(compute: Callable[[], list[Tensor]
     assert_same_bits_for_any_threads(compute)
 
 
-@pytest.mark.parametrize("case", STEPS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("case", "dtype"), [*zip(STEPS, itertools.cycle(DTYPES[::2]))], ids=str)
 def test_a_training_step_does_not_depend_on_threads(case: LayerCase, dtype: torch.dtype) -> None:
     assert_same_bits_for_any_threads(lambda: step(case, dtype))
 
@@ -187,8 +192,8 @@ def conversions(dtype: torch.dtype) -> list[Tensor]:
 
 
 def battery() -> dict[str, Any]:
-    """Masks, results and a layer's step with given noise, for the instruction set of this process."""
-    found: dict[str, Any] = {"isa": instruction_set(), "masks": [], "losses": {}, "layer": {}}
+    """Masks and results for the instruction set of this process."""
+    found: dict[str, Any] = {"isa": instruction_set(), "masks": [], "losses": {}}
     for width in (1, 40, 129, 300):
         ones = torch.ones(2, 70, width)
         out = OPS.expert_mlp(*identity_mlp(ones), make_seed(), 0.37)[0]
@@ -200,18 +205,11 @@ def battery() -> dict[str, Any]:
         out_p = expert_attention(zeros, zeros, eye, runs, dropout_p=0.8, seed=make_seed(77))
         found["masks"] += [out != 0, twice[0], out_p != 0]
     for dtype in DTYPES:
-        found[f"attention {dtype}"] = attention(dtype, "cpu")
+        found[f"attention {dtype}"] = attention(dtype, "cpu", longest=LONGEST)
         found[f"encoder {dtype}"] = encoder(dtype, OPS)
-        found[f"pairs {dtype}"] = pairs(dtype, "cpu")
+        found[f"pairs {dtype}"] = pairs(dtype, "cpu", rows=ROWS)
         found["losses"][dtype] = losses(dtype)
     found["conversions"] = {dtype: conversions(dtype) for dtype in DTYPES[2:]}
-    case = LayerCase((9, 5), dim=24, heads=3, layers=2, masks="partial")
-    x = case.inputs()
-    noise = draw_replacements(x, case.experts)
-    layer = InteractionMoE.adopt(case.reference(), backend="cpu")
-    masks = draw_masks(case.masks, case.batch, case.lengths)
-    outputs, grads = outputs_and_gradients(layer, x, masks, noise)
-    found["layer"] = {**outputs, **grads}
     return found
 
 
@@ -264,9 +262,9 @@ def test_every_instruction_set_is_within_the_budget(
 ) -> None:
     wide = torch.float64
     operators = {
-        f"attention {dtype}": (attention(dtype, "reference"), attention(dtype, "reference", wide)),
-        f"encoder {dtype}": (encoder(dtype, reference), encoder(dtype, reference, wide)),
-        f"pairs {dtype}": (pairs(dtype, "reference"), pairs(dtype, "reference", wide)),
+        f"attention {dtype}": [attention(dtype, "reference", x, LONGEST) for x in (None, wide)],
+        f"encoder {dtype}": [encoder(dtype, reference, x) for x in (None, wide)],
+        f"pairs {dtype}": [pairs(dtype, "reference", x, ROWS) for x in (None, wide)],
     }
     for isa, found in batteries.items():
         for name, (low, oracle) in operators.items():
@@ -280,15 +278,6 @@ def test_every_instruction_set_is_within_the_budget(
         for got, want in zip(found["losses"][dtype], losses(wide), strict=True):
             error = (got.double() - as_dtype(want, wide)).abs().max()
             assert error <= 8 * torch.finfo(dtype).eps * 10, isa
-
-
-def test_the_layer_agrees_between_instruction_sets(batteries: dict[str, dict[str, Any]]) -> None:
-    expected = batteries["baseline"]["layer"]
-    size = max(float(x.abs().max()) for x in expected.values())
-    for isa, found in batteries.items():
-        for name, want in expected.items():
-            got = found["layer"][name]
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6 * size, msg=f"{isa}: {name}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-
 import pytest
 import torch
-from torch import Tensor
 
 from flmoe_kernels.core import dropout as rng
 from tests.support.inputs import make_seed
@@ -34,11 +30,6 @@ def draw(seed: int, problem: int, head: int, row: int, column: int) -> int:
     counter = (16 * (column // 128) + column // 2 % 16, row, head, problem)
     words = philox(counter, (seed & WORD, seed >> 32 & WORD), rng.ROUNDS)
     return words[column // 32 % 4] >> 16 * (column % 2) & 0xFFFF
-
-
-def mask(seed: int = 5, p: float = 0.5, problem: int = 0, head: int = 0, size: int = 256) -> Tensor:
-    row, column = torch.arange(size).view(-1, 1), torch.arange(size)
-    return rng.keep_mask(make_seed(seed), p, problem, head, row, column)
 
 
 @pytest.mark.parametrize(
@@ -96,43 +87,6 @@ def test_draw_equal_to_the_threshold_is_dropped() -> None:
     keeps, drops = 1 - (value + 1) / 65536, 1 - value / 65536
     assert rng.keep_mask(make_seed(5), keeps, 0, 0, at, at).item()
     assert not rng.keep_mask(make_seed(5), drops, 0, 0, at, at).item()
-
-
-def assert_independent(a: Tensor, b: Tensor) -> None:
-    n = a.numel()
-    agreement = (a == b).double().mean().item()
-    assert abs(agreement - 0.5) <= 5 * math.sqrt(0.25 / n)
-
-
-def test_masks_of_different_indices_are_independent() -> None:
-    masks = {
-        "seed 5": mask(),
-        "seed 6": mask(seed=6),
-        "high half of the seed": mask(seed=5 + 2**32),
-        "negative seed": mask(seed=-5),
-        "problem": mask(problem=1),
-        "far problem": mask(problem=1 << 16),
-        "head": mask(head=1),
-        "problem and head": mask(problem=1, head=1),
-    }
-    for one, other in itertools.combinations(masks.values(), 2):
-        assert_independent(one, other)
-    with pytest.raises(AssertionError):
-        assert_independent(mask(), mask())
-
-
-def test_elements_of_one_mask_are_independent() -> None:
-    base = mask()
-    shifted = {
-        "next row": (base[1:], base[:-1]),
-        "next column": (base[:, 1:], base[:, :-1]),
-        "next word": (base[:, 32:], base[:, :-32]),
-        "next group": (base[:, 128:], base[:, :-128]),
-        "half of one draw": (base[:, ::2], base[:, 1::2]),
-        "transposed": (base[:128, 128:], base[128:, :128].T),
-    }
-    for one, other in shifted.values():
-        assert_independent(one, other)
 
 
 def test_fresh_seeds_follow_torchs_generator() -> None:

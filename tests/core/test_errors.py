@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from flmoe_kernels.layers.parts import UnsupportedLayer
 from tests.support.inputs import cumulative, draw, make_seed
 from tests.support.layers import LayerCase
 
-OPS = torch.ops.flmoe
 # (argument, "qkv" for all three; wrong value; error; message)
 Mistake = tuple[str, Any, type[Exception], str]
 Q = draw(6, 2, 4)
@@ -23,36 +21,26 @@ CU = cumulative([2, 4])
 
 ATTENTION: list[Mistake] = [
     ("q", [1.0], TypeError, r"expected a Tensor, got list"),
-    ("k", None, TypeError, r"expected a Tensor, got NoneType"),
-    ("cu_seqlens", [0, 6], TypeError, r"expected a Tensor, got list"),
     ("qkv", Q.long(), TypeError, r"expected a floating-point dtype, got torch\.int64"),
     ("v", Q.double(), TypeError, r"expected dtype torch\.float32 as q, got torch\.float64"),
     ("cu_seqlens", CU.long(), TypeError, r"expected int32, got torch\.int64"),
     ("seed", 3, TypeError, r"expected a Tensor, got int"),
     ("qkv", Q.flatten(1), ValueError, r"expected \(rows, H, d\) or .*got \(6, 8\)"),
-    ("qkv", Q[None, None], ValueError, r"expected \(rows, H, d\) or .*got \(1, 1, 6, 2, 4\)"),
-    ("qkv", Q[:, :0], ValueError, r"expected at least one head of width 1, got \(6, 0, 4\)"),
     ("qkv", Q[..., :0], ValueError, r"expected at least one head of width 1, got \(6, 2, 0\)"),
     ("k", Q[:5], ValueError, r"expected shape \(6, 2, 4\) as q, got \(5, 2, 4\)"),
-    ("v", Q[..., :3], ValueError, r"expected shape \(6, 2, 4\) as q, got \(6, 2, 3\)"),
     ("k", Q.to("meta"), ValueError, r"expected device cpu as q, got meta"),
-    ("cu_seqlens", CU[:0], ValueError, r"expected \(P \+ 1,\), got \(0,\)"),
     ("cu_seqlens", CU[None], ValueError, r"expected \(P \+ 1,\), got \(1, 3\)"),
-    ("cu_seqlens", CU.to("meta"), ValueError, r"expected device cpu, got meta"),
     ("cu_seqlens", cumulative([2, 5]), ValueError, r".*0 to 6 rows, got \[0, 2, 7\]"),
     ("cu_seqlens", cumulative([3, 4], -1), ValueError, r".*0 to 6 rows, got \[-1, 2, 6\]"),
     ("cu_seqlens", cumulative([4, -2, 4]), ValueError, r".*non-decreasing.* got \[0, 4, 2, 6\]"),
-    ("dropout_p", -0.1, ValueError, r"expected a probability from 0 to 1, got -0\.1"),
     ("dropout_p", 1.5, ValueError, r"expected a probability from 0 to 1, got 1\.5"),
     ("dropout_p", float("nan"), ValueError, r"expected a probability from 0 to 1, got nan"),
-    ("seed", make_seed(3).int(), ValueError, r"expected one int64, got shape \(\) of torch\.int32"),
     (
         "seed",
         torch.zeros(2, dtype=torch.int64),
         ValueError,
         r"expected one int64, got shape \(2,\) of torch\.int64",
     ),
-    ("seed", make_seed(3).to("meta"), ValueError, r"expected device cpu, got meta"),
     ("backend", "gpu", ValueError, r"expected one of reference, cpu.*got 'gpu'"),
 ]
 
@@ -67,31 +55,6 @@ def test_expert_attention(
     arguments |= {"backend": backend} | dict.fromkeys(names, value)
     with pytest.raises(error, match=f"^{names[0]}: {message}"):
         expert_attention(**arguments)
-
-
-@pytest.mark.parametrize(
-    "bounds", [[0, 2, 7], [-1, 2, 6], [0, 4, 2], [0, 2**31 - 1], [-(2**31), 0]]
-)
-def test_registered_operators_check_runs(bounds: list[int]) -> None:
-    """The registered operators check values too, because the public API cannot always read them."""
-    cu, q = torch.tensor(bounds, dtype=torch.int32), Q[None]
-    out, lse = torch.zeros_like(q), torch.zeros(1, 6, 2)
-    packed, wants = torch.stack([q] * 3, dim=2), [True] * 3
-    runs: list[Callable[[], object]] = [
-        lambda: OPS.expert_attention(q, q, q, cu, None, 0.0, 1.0),
-        lambda: OPS.expert_attention_backward(q, q, q, q, out, lse, cu, None, 0.0, 1.0, wants),
-        lambda: OPS.expert_attention_packed(packed, cu, None, 0.0, 1.0),
-        lambda: OPS.expert_attention_packed_backward(q, packed, out, lse, cu, None, 0.0, 1.0),
-        lambda: OPS.dropout_add_pool(Q, Q, cu.clamp(-5, 9), 1, None, 0.0),
-        lambda: OPS.dropout_add_pool_backward(
-            torch.zeros(6, 1, len(bounds) - 1, 4), cu.clamp(-5, 9), 1, 2, None, 0.0, wants[:2]
-        ),
-    ]
-    for run in runs:
-        with pytest.raises(
-            ValueError, match=r"cu_(seqlens|segments): expected (values that|non-decreasing)"
-        ):
-            run()
 
 
 def test_second_derivatives_are_refused() -> None:

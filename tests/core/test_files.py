@@ -8,13 +8,12 @@ import socket
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pytest
 import torch
 
 from flmoe_kernels.core import files
-from flmoe_kernels.profile.registry import words_of
 
 CONTENTS: list[files.Content] = [b"new", "new", lambda stream: stream.write(b"new")]
 
@@ -75,13 +74,6 @@ def test_two_processes_write_the_same_file(tmp_path: Path, monkeypatch: pytest.M
     files.write_whole(target, b"mine")
     assert target.read_bytes() == b"mine"
     assert [path.name for path in tmp_path.iterdir()] == ["found"]
-
-
-def test_a_device_is_written_to_directly(tmp_path: Path) -> None:
-    device = Path(os.devnull)
-    assert files.unwritable_reason(device) == ""
-    assert not files.is_replaced(device)
-    files.write_whole(device, "text")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -156,35 +148,3 @@ def test_a_file_that_cannot_be_read_whole_is_refused(
     write(path)
     with pytest.raises(OSError, match=rf"^file: {reason}[^\n]*$"):
         files.checked_head(path)
-
-
-def test_missing_permissions_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, *arguments: Any) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
-    target = tmp_path / "x.json"
-    target.touch()
-    monkeypatch.setattr(Path, "open", refuse)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(PermissionError, match=r"x\.json: cannot be read: Permission denied$"):
-        files.checked_head(target)
-    with pytest.raises(PermissionError, match=r"x\.json: cannot be written: Permission denied$"):
-        files.write_whole(target, "new")
-    assert files.unwritable_reason(target) == "cannot be written: the folder is not writable"
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (RuntimeError("CUDA out of memory.\nTried to allocate"), "CUDA out of memory."),
-        (
-            RuntimeError("backend='inductor' raised:\n\n no ptxas\nmore"),
-            "backend='inductor' raised: no ptxas",
-        ),
-        (MemoryError(), "MemoryError"),
-        (ValueError("x" * 999), "x" * 300),
-    ],
-    ids=["first line", "announced", "type", "long"],
-)
-def test_a_failure_in_one_line(error: Exception, words: str) -> None:
-    assert words_of(error) == words

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from flmoe_kernels import expert_attention, pair_map, pair_moe, routed_mlp, top_pairs
+from flmoe_kernels import expert_attention, pair_map, pair_moe, top_pairs
 from flmoe_kernels.ops.encoder.api import expert_linear
-from flmoe_kernels.ops.reweighting import reference as reweighting
 from tests.support.attention_cases import Case
 from tests.support.inputs import draw
 from tests.support.layers import FL, I2, SPARSE_FL, LayerCase, data, fast_layer, named_outputs
@@ -26,7 +24,6 @@ from tests.support.pair_cases import MANY, PairCase
 from tests.support.routed_cases import RoutedCase
 
 OPS = torch.ops.flmoe
-META = torch.device("meta")
 
 
 def counted(call: Callable[[], Any]) -> int:
@@ -68,20 +65,19 @@ def test_every_operator_has_a_formula() -> None:
         assert without_formula() == ["of_a_test"]
 
 
-@pytest.mark.parametrize("first", ["flmoe_kernels", "torch.utils.flop_counter"])
-def test_the_order_of_the_imports_does_not_matter(first: str) -> None:
+def test_the_counter_may_be_imported_later() -> None:
     """The package does not import the counter, because that would import Triton."""
-    code = f"""
-import {first}, sys
+    code = """
+import flmoe_kernels, sys
 print("torch.utils.flop_counter" in sys.modules, "triton" in sys.modules)
-import flmoe_kernels, importlib, torch.utils.flop_counter as counter
+import importlib, torch.utils.flop_counter as counter
 for module in (counter, importlib.reload(counter)):
     print(len([op for op in module.flop_registry if str(op).startswith("flmoe.")]))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     loaded, *counts = result.stdout.splitlines()
-    assert first != "flmoe_kernels" or loaded == "False False"
+    assert loaded == "False False"
     assert {*map(int, counts)} == {len({name.split(".")[0] for name in registered()})}
 
 
@@ -178,38 +174,12 @@ def test_routed_mlp(load: str, wants: tuple[bool, ...]) -> None:
     assert call("cpu") == call("reference") + product * only_weight
 
 
-def test_sizes_alone_count_all_rows() -> None:
-    """On the meta device: runs of equal length, no dropped rows, no masked tokens."""
-    qkv = [x.to(META) for x in Case((5, 5), 2, 6).qkv(torch.float32)]
-    cu_seqlens = torch.empty(3, dtype=torch.int32, device=META)
-    assert counted(lambda: expert_attention(*qkv, cu_seqlens)) == 4 * 2 * 6 * (5**2 + 5**2)
-    case = RoutedCase(11, load="dropped")
-    x, *rest = (x.to(META) for x in case.inputs(torch.float32))
-    assert counted(lambda: routed_mlp(x, case.index().to(META), *rest)) == 4 * 5 * 7 * 11 * 2
-    q, k, a, c = (x.to(META) for x in PairCase(7, 9, 4, 6, bias=False).inputs(torch.float32))
-    mask = torch.zeros((2, 7), dtype=torch.bool, device=META)
-    call = counted(lambda: pair_moe(q, k, a, c, kinds=["null"] * 4, mask_a=mask))
-    assert call == 2 * 7 * 9 * 4 * 2 * 4
-
-
-@pytest.mark.parametrize("wants", list(itertools.product([False, True], repeat=2)))
-def test_mixture_of_experts(wants: tuple[bool, ...]) -> None:
-    """There are kernels for a GPU only; FLOP can be counted without."""
-    inputs = [torch.empty(4, 3, device=META), torch.empty(3, 4, 5, device=META)]
-    found = step(lambda *x: OPS.mix_experts(*x, 1.5, "triton"), inputs, wants)
-    assert found == step(lambda *x: reweighting.mix_experts(*x, 1.5), inputs, wants) > 0
-
-
 # ---- layers ----
 
 MASKED = dataclasses.replace(FL, masks="partial", layers=2)
 LAYERS = (
-    FL,
     MASKED,
-    dataclasses.replace(MASKED, masks="mixed", lengths=(4, 6, 3)),
     I2,
-    dataclasses.replace(I2, layers=2),
-    SPARSE_FL,
     dataclasses.replace(SPARSE_FL, layers=2, masks="partial", capacity=8.0),
 )
 
@@ -259,33 +229,3 @@ def test_layer(case: LayerCase) -> None:
     assert training == expected + 3 * mixture
     alone = sum(counted(lambda part=part: layer.inference(*part[:2])) for part in parts)
     assert inference == alone + mixture
-
-
-def test_layer_without_data() -> None:
-    """On the meta device the padding is computed, as on a GPU."""
-    unmasked = dataclasses.replace(MASKED, masks="none")
-    layer = fast_layer(unmasked)
-    expected = counted(lambda: loss_of(layer, *data(unmasked)).backward())
-    layer = fast_layer(MASKED).to(META)
-    x, masks, noise = data(MASKED)
-    moved = (
-        [t.to(META) for t in x],
-        [t.to(META) for t in masks],
-        [[t.to(META) for t in row] for row in noise],
-    )
-    assert counted(lambda: loss_of(layer, *moved).backward()) == expected
-
-
-def test_the_profiler_names_the_operators() -> None:
-    """docs/profiling.md joins both tables by these names."""
-    layer, call = fast_layer(FL), data(FL)
-    with torch.profiler.profile() as profiler:
-        loss_of(layer, *call).backward()
-    profiled = {row.key for row in profiler.key_averages() if row.key.startswith("flmoe::")}
-    with FlopCounterMode(display=False) as counter:
-        loss_of(layer, *call).backward()
-    names = {str(op).replace(".", "::") for op in counter.get_flop_counts()["Global"]}
-    # The profiler also names the steps of encoder_layers.
-    steps = profiled - names
-    assert profiled - steps == {name for name in names if re.match("flmoe::", name)}
-    assert {"flmoe::expert_attention", "flmoe::expert_mlp_backward"} <= steps

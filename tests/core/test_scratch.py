@@ -18,7 +18,6 @@ from tests.support.inputs import cumulative, draw
 MIB = 1 << 20
 THREADS = 6
 KEPT: int = native().KEPT_SCRATCH
-SMALL: int = native().ARENA_BUFFER
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
 
 
@@ -88,41 +87,3 @@ def test_nothing_of_the_size_of_a_model_stays_after_its_calls() -> None:
     used, kept = native().scratch_bytes()
     assert used == 0
     assert 0 < kept <= KEPT
-
-
-def test_a_call_takes_its_memory_once() -> None:
-    """While a block is in use, returned blocks are kept, even beyond the limit."""
-    outer, inner = native().take_scratch(KEPT), native().take_scratch(KEPT + MIB)
-    assert native().scratch_bytes()[0] >= 2 * KEPT + MIB
-    for _ in range(3):
-        native().return_scratch(inner)
-        assert native().scratch_bytes()[1] > KEPT
-        assert native().take_scratch(KEPT + MIB) == inner
-    native().return_scratch(inner)
-    native().return_scratch(outer)
-    assert native().scratch_bytes()[0] == 0
-    assert native().scratch_bytes()[1] <= KEPT
-
-
-def test_a_larger_block_replaces_a_smaller_one() -> None:
-    """Calls of growing sizes do not add up, even while a block is in use."""
-    outer = native().take_scratch(MIB)
-    sizes = range(KEPT + MIB, KEPT + 9 * MIB, MIB)
-    for size in sizes:
-        native().return_scratch(native().take_scratch(size))
-    assert native().scratch_bytes()[1] <= KEPT + sizes[-1] < sum(sizes)
-    native().return_scratch(outer)
-    assert native().scratch_bytes()[1] <= KEPT
-
-
-def test_small_buffers_are_stacked_in_the_threads_arena() -> None:
-    sizes = (0, 1, 63, 64, 65, 4097, SMALL, SMALL, SMALL, SMALL)
-    found = [native().take_scratch(size) for size in sizes]
-    assert native().scratch_bytes()[0] >= SMALL, "the last one has no room in the arena"
-    assert all(address % 64 == 0 for address in found)
-    for address in reversed(found):
-        native().return_scratch(address)
-    assert native().scratch_bytes()[0] == 0
-    assert [native().take_scratch(1), native().take_scratch(1)] == [found[0], found[0] + 64]
-    native().return_scratch(found[0] + 64)
-    native().return_scratch(found[0])

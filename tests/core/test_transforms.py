@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.func import grad, hessian, jvp, vmap
 
 from flmoe_kernels import BackendUnavailable, expert_attention, pair_moe, use_backend
 from flmoe_kernels.layers.routed_mlp.collectives import sum_over_ranks
@@ -69,11 +68,6 @@ def of_grad(name: str, case: TransformCase) -> Results:
     return grad(objective(name), every(case))(*case.arguments), gradient(name, weights(name))
 
 
-def of_vjp(name: str, case: TransformCase) -> Results:
-    _, pull = vjp(case.function, *case.arguments)
-    return pull(weights(name)), gradient(name, weights(name))
-
-
 def of_jvp(name: str, case: TransformCase) -> Results:
     return jvp(case.function, case.arguments, like(case.arguments))[1:], [derivative(name)]
 
@@ -86,16 +80,6 @@ def of_dual_level(name: str, case: TransformCase) -> Results:
         result = case.function(*(forward_ad.make_dual(x, v) for x, v in pairs))
         tangent = forward_ad.unpack_dual(result).tangent
     return [tangent.detach()], [derivative(name)]
-
-
-def of_jacrev(name: str, case: TransformCase) -> Results:
-    few = range(case.few)
-    return jacrev(case.function, tuple(few))(*case.arguments), jacobians(name)[: case.few]
-
-
-def of_jacfwd(name: str, case: TransformCase) -> Results:
-    few = range(case.few)
-    return jacfwd(case.function, tuple(few))(*case.arguments), jacobians(name)[: case.few]
 
 
 def of_hessian(name: str, case: TransformCase) -> Results:
@@ -144,11 +128,8 @@ def of_gradients_per_sample(name: str, case: TransformCase) -> Results:
 
 TRANSFORMS: dict[str, Callable[[str, TransformCase], Results]] = {
     "grad": of_grad,
-    "vjp": of_vjp,
     "jvp": of_jvp,
     "dual_level": of_dual_level,
-    "jacrev": of_jacrev,
-    "jacfwd": of_jacfwd,
     "hessian": of_hessian,
     "vmap": of_vmap,
     "vmap of grad": of_gradients_per_sample,
@@ -198,31 +179,6 @@ def test_an_open_level_does_not_concern_tensors_without_tangents() -> None:
             accumulated(forward_ad.make_dual(Q, Q), "cpu")
 
 
-def test_derivatives_of_a_recorded_backward_pass() -> None:
-    """The backward pass of a graph that the kernels recorded outside cannot be differentiated."""
-    leaf = Q.clone().requires_grad_()
-    results = accumulated(leaf)
-    v, w = like([results], 1)[0], like([results], 2)[0]
-
-    def back(v: Tensor, create_graph: bool = False) -> Tensor:
-        options = {"retain_graph": True, "create_graph": create_graph}
-        return torch.autograd.grad(results, leaf, v, **options)[0]
-
-    torch.testing.assert_close(vmap(back)(torch.stack([v, w])), torch.stack([back(v), back(w)]))
-    refused: list[Callable[[], Any]] = [
-        lambda: jvp(back, (v,), (w,)),
-        lambda: grad(lambda v: back(v).sum())(v),
-        lambda: vmap(lambda v: back(v, create_graph=True))(torch.stack([v, w])),
-    ]
-    for transform in refused:
-        with pytest.raises(BackendUnavailable, match=NO_KERNEL_RULES):
-            transform()
-    with forward_ad.dual_level():
-        assert torch.equal(back(v), back(v.clone()))
-        with pytest.raises(BackendUnavailable, match=NO_KERNEL_RULES):
-            back(forward_ad.make_dual(v, w))
-
-
 def test_second_derivatives_in_reverse_mode() -> None:
     """Refused by the kernels, right with the reference, for torch.autograd.functional and gradgradcheck."""
     functional = torch.autograd.functional
@@ -245,20 +201,6 @@ def test_second_derivatives_in_reverse_mode() -> None:
     forward = {"strategy": "forward-mode", "vectorize": True}
     matrix = functional.jacobian(accumulated, Q, **forward)
     assert_equal([matrix], [functional.jacobian(accumulated, Q)])
-
-
-def test_gradcheck_with_forward_mode_and_batches() -> None:
-    leaf = Q.clone().requires_grad_()
-    checks = ("check_forward_ad", "check_batched_grad", "check_batched_forward_grad")
-    assert torch.autograd.gradcheck(accumulated, (leaf,), **dict.fromkeys(checks, True))
-
-
-@pytest.mark.parametrize("name", ["pair_moe", "pair_map", "routed_mlp", "RoutedMLP NoisyGate"])
-def test_linearize(name: str) -> None:
-    """It traces the function with make_fx, so that no values can be read."""
-    case = CASES[name]
-    _, push = linearize(case.function, *case.arguments)
-    assert_equal([push(*like(case.arguments))], [derivative(name)])
 
 
 def test_indices_under_vmap() -> None:
@@ -287,25 +229,10 @@ def test_batched_lengths_are_refused() -> None:
         vmap(lambda cu: expert_attention(q, q, q, cu))(lengths)
 
 
-@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
-def test_compiled_transforms(transform: str) -> None:
+def test_compiled_transforms() -> None:
     def derivative(q: Tensor) -> Tensor:
-        if transform == "grad":
-            return grad(lambda q: accumulated(q).square().sum())(q)
-        return (
-            vmap(accumulated)(q[None]) if transform == "vmap" else jvp(accumulated, (q,), (q,))[1]
-        )
+        return grad(lambda q: accumulated(q).square().sum())(q)
 
     torch.compiler.reset()
     found = torch.compile(derivative, fullgraph=True, backend="aot_eager")(Q)
     assert_equal([found], [derivative(Q)])
-
-
-def test_compiled_code_in_a_level_of_forward_mode() -> None:
-    torch.compiler.reset()
-    compiled = torch.compile(accumulated, fullgraph=True, backend="aot_eager")
-    want = jvp(accumulated, (Q,), (Q,))[1]
-    compiled(Q)
-    with forward_ad.dual_level():
-        assert_equal([forward_ad.unpack_dual(compiled(forward_ad.make_dual(Q, Q))).tangent], [want])
-    assert torch.equal(compiled(Q), accumulated(Q))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from torch import Tensor
@@ -32,10 +30,6 @@ def test_the_fastest_candidate_is_chosen_and_kept() -> None:
     assert choose(clock) == BETTER
     assert set(clock.timed) == set(SECONDS)
     assert choose(refuse, forget=False) == BETTER
-
-
-def test_a_slightly_faster_candidate_is_not_used() -> None:
-    assert choose(Clock(SECONDS | {BETTER: 1.99e-5})) == TABLE
 
 
 @pytest.mark.parametrize("wrong", [1.0, float("nan"), float("inf"), "out of shared memory"])
@@ -115,10 +109,6 @@ def test_a_capture_uses_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(refuse, forget=False) == TABLE
 
 
-def test_without_a_timer_the_table_runs() -> None:
-    assert choose(None) == TABLE
-
-
 def test_autotune_is_off_by_default_and_nests() -> None:
     assert not tuning.enabled()
     with tuning.autotune():
@@ -127,40 +117,6 @@ def test_autotune_is_off_by_default_and_nests() -> None:
             assert not tuning.enabled()
         assert tuning.enabled()
     assert not tuning.enabled()
-
-
-def test_contexts_of_two_threads_may_overlap() -> None:
-    entered, leave = threading.Event(), threading.Event()
-
-    def other() -> None:
-        with tuning.autotune(False):
-            entered.set()
-            leave.wait()
-
-    thread = threading.Thread(target=other)
-    with tuning.autotune(timer=refuse):
-        thread.start()
-        entered.wait()
-        assert not tuning.enabled(), "the last context applies to all threads"
-    assert not tuning.enabled()
-    with tuning.autotune():
-        leave.set()
-        thread.join()
-        assert tuning.enabled()
-    assert not tuning.enabled()
-    assert tuner.given_timer() is None
-
-
-def test_a_device_without_an_index_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    current = [0]
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
-    monkeypatch.setattr(torch.cuda, "get_device_name", "GPU {}".format)
-    tuner._gpu_name.cache_clear()
-    cuda = torch.device("cuda")
-    for current[0] in (0, 1):
-        key = tuning.tuning_key("op.kernel", "16 bit", torch.bfloat16, cuda, rows=64)
-        assert key.device == f"GPU {current[0]}"
-    tuner._gpu_name.cache_clear()
 
 
 def test_the_environment_variable_enables_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
