@@ -123,9 +123,15 @@ def scores() -> list[Tensor]:
     return [phi, *top_pairs(*inputs[:4], head, n_pairs=77, **options)]
 
 
-def routed(gated: bool) -> list[Tensor]:
+def routed(
+    gated: bool,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "cpu",
+    wide: torch.dtype | None = None,
+) -> list[Tensor]:
     case = RoutedCase(900, 40, 70, 5, 3, load="dropped", gated=gated)
-    return run_routed(case, case.inputs(torch.float32), case.index(), "cpu")
+    inputs = [x.to(wide or dtype) for x in case.inputs(dtype)]
+    return run_routed(case, inputs, case.index(), backend)
 
 
 def step(case: LayerCase, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -208,6 +214,7 @@ def battery() -> dict[str, Any]:
         found[f"attention {dtype}"] = attention(dtype, "cpu", longest=LONGEST)
         found[f"encoder {dtype}"] = encoder(dtype, OPS)
         found[f"pairs {dtype}"] = pairs(dtype, "cpu", rows=ROWS)
+        found[f"routed {dtype}"] = routed(True, dtype)
         found["losses"][dtype] = losses(dtype)
     found["conversions"] = {dtype: conversions(dtype) for dtype in DTYPES[2:]}
     return found
@@ -265,6 +272,7 @@ def test_every_instruction_set_is_within_the_budget(
         f"attention {dtype}": [attention(dtype, "reference", x, LONGEST) for x in (None, wide)],
         f"encoder {dtype}": [encoder(dtype, reference, x) for x in (None, wide)],
         f"pairs {dtype}": [pairs(dtype, "reference", x, ROWS) for x in (None, wide)],
+        f"routed {dtype}": [routed(True, dtype, "reference", x) for x in (None, wide)],
     }
     for isa, found in batteries.items():
         for name, (low, oracle) in operators.items():

@@ -1,4 +1,4 @@
-// Comparison of kernels with plain loops, within the error budget of
+// Comparison of kernels with results of another processor, within the error budget of
 // flmoe_kernels/core/error_budget.py.
 #pragma once
 
@@ -47,18 +47,34 @@ T stored(double x) {
 template <typename R, typename T>
 Values<R> as(const Values<T>& x) {
   Values<R> out;
-  for (const T& value : x) out.push_back(static_cast<R>(baseline::read<T, Computed<T>>(&value)));
+  for (const T& value : x) out.push_back(stored<R>(baseline::read<T, Computed<T>>(&value)));
   return out;
 }
 
-// `count` normal numbers, different in every call.
-template <typename T>
-Values<T> draw(int64_t count, double scale = 1) {
-  static std::mt19937 generator(1);
-  std::normal_distribution<double> normal;
-  Values<T> out;
-  for (int64_t i = 0; i < count; ++i) out.push_back(stored<T>(scale * normal(generator)));
-  return out;
+// Normal numbers that a T can hold, as K: the same for every K.
+template <typename T, typename K>
+class Draw {
+ public:
+  Values<K> operator()(int64_t count, double scale = 1) { return as<K>(numbers<T>(count, scale)); }
+  Values<Computed<K>> computed(int64_t count) {
+    return as<Computed<K>>(numbers<Computed<T>>(count, 1));
+  }
+
+ private:
+  template <typename S>
+  Values<S> numbers(int64_t count, double scale) {
+    Values<S> out;
+    for (int64_t i = 0; i < count; ++i) out.push_back(stored<S>(scale * normal_(generator_)));
+    return out;
+  }
+
+  std::mt19937 generator_{1};
+  std::normal_distribution<double> normal_;
+};
+
+template <typename R>
+Values<R> zeros(int64_t count) {
+  return Values<R>(static_cast<size_t>(count));
 }
 
 // Memory of a result: NaN, so that an element that is not written is noticed.
@@ -72,15 +88,12 @@ struct Result {
   std::string name;
   Values<double> values;
   double unit;
-  double (*rounded)(double);  // to the type of the result
 };
+using Results = std::vector<Result>;
 
 template <typename T>
 Result result(const char* name, const Values<T>& x) {
-  return {name, as<double>(x), kType<T>.unit, [](double value) {
-            const T narrow = stored<T>(value);
-            return static_cast<double>(baseline::read<T, Computed<T>>(&narrow));
-          }};
+  return {name, as<double>(x), kType<T>.unit};
 }
 
 struct Errors {
@@ -98,33 +111,65 @@ inline Errors errors(const Values<double>& x, const Values<double>& exact) {
   return out;
 }
 
+// Results are written to a file, or compared with those in a file.
 class Comparisons {
  public:
   int passed = 0, failed = 0;
+
+  bool open(const std::string& mode, const char* path) {
+    recording_ = mode == "record";
+    if (!recording_ && mode != "compare") return false;
+    file_ = std::fopen(path, recording_ ? "wb" : "rb");
+    return file_ != nullptr;
+  }
+
+  bool close() { return std::fclose(file_) == 0; }
 
   void expect(bool holds, const std::string& what) {
     holds ? ++passed : ++failed;
     if (!holds) std::printf("FAILED %s\n", what.c_str());
   }
 
-  // plain() returns the results in the same order; R is the type it computes in.
+  // run() computes in the type K from numbers that a T can hold. Recorded are its results for T and
+  // double.
   template <typename T, typename F>
-  void budget(const std::string& name, const std::vector<Result>& results, const F& plain) {
-    const auto low = plain.template operator()<Computed<T>>();
-    const auto exact = plain.template operator()<double>();
-    expect(low.size() == results.size(), name + ": number of results");
-    for (size_t i = 0; i < std::min(low.size(), results.size()); ++i)
-      one(name + " in " + kType<T>.name + ", " + results[i].name, results[i], as<double>(low[i]),
-          exact[i]);
+  void budget(const std::string& name, const F& run) {
+    const Results found = run.template operator()<T>();
+    const Results exact = recording_ ? run.template operator()<double>() : Results {};
+    for (size_t i = 0; i < found.size(); ++i) {
+      if (recording_) {
+        write(found[i].values), write(exact[i].values);
+        continue;
+      }
+      const Values<double> low = read();
+      one(name + " in " + kType<T>.name + ", " + found[i].name, found[i], low, read());
+    }
   }
 
  private:
-  void one(const std::string& name, const Result& result, Values<double> low,
+  bool recording_ = false;
+  std::FILE* file_ = nullptr;
+
+  void write(const Values<double>& x) {
+    const size_t count = x.size();
+    const size_t written = std::fwrite(&count, sizeof count, 1, file_) +
+                           std::fwrite(x.data(), sizeof(double), count, file_);
+    expect(written == 1 + count, "write");
+  }
+
+  Values<double> read() {
+    size_t count = 0;
+    if (std::fread(&count, sizeof count, 1, file_) != 1) return {};
+    Values<double> x(count);
+    x.resize(std::fread(x.data(), sizeof(double), count, file_));
+    return x;
+  }
+
+  void one(const std::string& name, const Result& result, const Values<double>& low,
            const Values<double>& exact) {
-    const size_t n = exact.size();
-    if (result.values.size() != n) return expect(false, name + ": number of elements");
+    const size_t n = result.values.size();
+    if (low.size() != n || exact.size() != n) return expect(false, name + ": number of elements");
     if (n == 0) return;
-    for (double& value : low) value = result.rounded(value);
     const Errors own = errors(low, exact), size = errors(Values<double>(n), exact);
     const Errors limit{2 * own.largest + result.unit * size.largest,
                        2 * own.rms + result.unit * size.rms};
