@@ -14,13 +14,11 @@ from flmoe_kernels.ops.encoder import reference
 from flmoe_kernels.ops.encoder.triton import rows_launch
 from flmoe_kernels.ops.encoder.triton.rows_tiles import begin
 from tests.support.encoder_cases import (
-    backward_calls,
-    identity_mlp,
     operator_calls,
 )
 from tests.support.encoder_tests import EncoderTests, Size
 from tests.support.inputs import as_dtype, cumulative, draw, make_seed
-from tests.support.operator_cases import EPS, OPS, compare, evaluate, on_triton, tensors
+from tests.support.operator_cases import EPS, OPS, compare, evaluate, on_triton
 from tests.support.triton_interpreter import enlarge_row_tiles
 
 TRITON = "triton"
@@ -126,20 +124,6 @@ def test_other_tiles_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> N
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_agrees_with_the_cpu() -> None:
-    """All results of all operators agree in shape and value, including those without a gradient, and with a
-    seed and a rate of 0."""
-    forward = small_calls(0.5, 3).items()
-    calls = [(name.split()[0], tuple(args)) for name, args in forward]
-    for name, arguments in [*calls, *backward_calls(0.5), *backward_calls(1e-6)]:
-        operator = getattr(OPS, name)
-        found, expected = (tensors(operator(*arguments, each)) for each in (TRITON, "cpu"))
-        for got, want in zip(found, expected, strict=True):
-            assert got.shape == want.shape
-            assert got.dtype == want.dtype
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=name)
-
-
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_no_rows_leave_zeros_for_sums(dtype: torch.dtype) -> None:
     x, stats, gain = draw(2, 0, 9, dtype=dtype), draw(2, 0), draw(2, 9, dtype=dtype)
@@ -149,43 +133,6 @@ def test_no_rows_leave_zeros_for_sums(dtype: torch.dtype) -> None:
         )
         assert [tuple(each.shape) for each in found] == [(2, 0, 9)] * 2 + [(2, 9)] * 2
         assert all((each == 0).all() for each in found[2:])
-
-
-def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
-    """Calls that the kernels must refuse: other dtypes and dimensions, and sizes beyond 32 bits."""
-    x, gain, weight, cu = draw(2, 6, 4), draw(2, 4), draw(2, 5, 4), cumulative([3])
-    double, means, none = x.double(), draw(2, 1, 1, 4), (None, 0.0)
-    wide, modality = x[:1, :1, :1].expand(1, 1, 2**24 + 1), torch.zeros(1).int()
-    many = x[:1, :1, :1, None].expand(1, 2, 2**28, 1)
-    return [
-        ("expert_norm", (double, gain, gain, EPS), "residual: expected float32, bfloat16"),
-        ("expert_norm", (x[0], gain, gain, EPS), "residual: expected 3 dimensions"),
-        ("expert_mlp", (x.int(), *identity_mlp(x)[1:], *none), "x: expected float32"),
-        ("dropout_add_pool_backward", (means, cu, 0, 6, *none, ALL[:2]), "views: expected"),
-        ("expert_linear", (double, weight.double(), None), "x: expected float32, bfloat16 or fl"),
-        ("expert_linear", (x[0], weight, None), "x: expected three dimensions"),
-        ("expert_linear", (x, weight[0], None), "weight: expected three dimensions"),
-        ("expert_linear", (wide, wide, None), "up to 2.30 rows and widths of 2.24"),
-        (
-            "expert_mlp",
-            (x[:1, :1, :1].expand(1, 2**30 + 1, 1), *identity_mlp(x[:1, :1, :1])[1:], *none),
-            "expected up to 2.30",
-        ),
-        (
-            "dropout_add_pool_backward",
-            (means, cu, 1, 2**30 + 1, *none, ALL[:2]),
-            "rows: expected up to",
-        ),
-        ("expand_views", (many, modality.expand(2**28), 5), "views: expected up to"),
-    ]
-
-
-@pytest.mark.parametrize(("name", "arguments", "message"), refusals(), ids=lambda x: str(x)[:40])
-def test_refuses_other_dtypes_dimensions_and_sizes(
-    name: str, arguments: tuple[Any, ...], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        getattr(OPS, name)(*arguments, TRITON)
 
 
 @triton.jit

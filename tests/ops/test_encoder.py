@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flmoe_kernels.ops.encoder import reference
-from tests.support.encoder_cases import backward_calls, norm_arguments
+from tests.support.encoder_cases import norm_arguments
 from tests.support.encoder_tests import EncoderTests, Size
 from tests.support.inputs import as_dtype, draw
 from tests.support.operator_cases import (
@@ -61,9 +61,3 @@ class TestCpu(EncoderTests):
     @pytest.fixture(params=DTYPES, ids=str)
     def dtype(self, request: pytest.FixtureRequest) -> torch.dtype:
         return request.param
-
-
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_opcheck_of_backwards(p: float) -> None:
-    for name, arguments in backward_calls(p):
-        torch.library.opcheck(getattr(OPS, name).default, arguments)

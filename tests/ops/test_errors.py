@@ -31,32 +31,22 @@ LOGITS = draw(5, 3)
 
 PAIR_MISTAKES: Table = {
     TypeError: [
-        (r"q: expected a Tensor, got list", {"q": [1.0]}),
         (r"c: expected a Tensor, got NoneType", {"c": None}),
         (r"q: expected a floating-point dtype", {"q": Q.long()}),
         (r"c: expected dtype torch\.float32 as q, got torch\.float64", {"c": C.double()}),
         (r"kinds: expected a sequence of names, got str", {"kinds": "abc"}),
-        (r"kinds: expected a sequence of names, got int", {"kinds": 3}),
         (
             r"gate_bias: expected dtype torch\.float32 as q or torch\.float32, got torch\.float64",
             {"gate_bias": torch.zeros(3).double()},
         ),
-        (r"gate_bias: expected a Tensor, got float", {"gate_bias": 0.0}),
-        (r"mask_a: expected a Tensor, got list", {"mask_a": [True]}),
         (r"mask_a: expected bool, True = valid, got torch\.float32", {"mask_a": MASK.float()}),
-        (r"top_k: expected an int, got float", {"top_k": 2.0}),
         (r"q: expected a dense \(strided\) Tensor", {"q": Q.to_sparse()}),
-        (r"temperature: expected a number, got str", {"temperature": "1"}),
     ],
     ValueError: [
         (r"q: expected \(B, E, La, R\).*got \(3, 4, 5\)", {"q": Q[0]}),
         (r"q: .*E from 1 to 8.*got \(2, 9, 4, 5\)", {"q": Q.repeat(1, 3, 1, 1)}),
-        (r"q: .*E from 1 to 8.*got \(2, 0, 4, 5\)", {"q": Q[:, :0]}),
-        (r"q: .*R from 1.*got \(2, 3, 4, 0\)", {"q": Q[..., :0]}),
-        (r"k: expected \(B, E, Lb, R\) = \(2, 3, any, 5\), got \(3, 6, 5\)", {"k": K[0]}),
         (r"k: expected \(B, E, Lb, R\) = \(2, 3, 6, 5\), got \(2, 3, 6, 4\)", {"k": K[..., :4]}),
         (r"a: expected \(B, E, La, V\) = \(2, 3, 4, 7\), got \(2, 3, 3, 7\)", {"a": A[:, :, :3]}),
-        (r"a: .*with V from 1, got \(2, 3, 4, 0\)", {"a": A[..., :0]}),
         (r"c: expected \(B, E, Lb, V\) = \(2, 3, 6, 7\), got \(2, 3, 6, 6\)", {"c": C[..., :6]}),
         (r"k: expected device cpu as q, got meta", {"k": K.to("meta")}),
         (
@@ -66,13 +56,8 @@ PAIR_MISTAKES: Table = {
         (r"kinds: expected 3 names, one per expert of q, got 2", {"kinds": KINDS[:2]}),
         (r"gate_bias: expected \(3,\), got \(2,\)", {"gate_bias": torch.zeros(2)}),
         (r"mask_b: expected \(2, 6\), got \(2, 4\)", {"mask_b": MASK}),
-        (r"mask_a: expected device cpu as q, got meta", {"mask_a": MASK.to("meta")}),
-        (r"top_k: expected an int from 1 to 3, got 0", {"top_k": 0}),
         (r"top_k: expected an int from 1 to 3, got 4", {"top_k": 4}),
         (r"temperature: expected a positive number .*, got 0", {"temperature": 0}),
-        (r"temperature: expected a positive number .*, got nan", {"temperature": float("nan")}),
-        (r"temperature: expected a positive number .*, got 1000", {"temperature": 10**400}),
-        (r"temperature: expected a positive number .*, got 1e-40", {"temperature": 1e-40}),
         (r"backend: expected one of .*got 'gpu'", {"backend": "gpu"}),
     ],
     BackendUnavailable: [
@@ -81,14 +66,9 @@ PAIR_MISTAKES: Table = {
 }
 HEAD_MISTAKES: Table = {
     TypeError: [
-        (r"head: expected a Tensor, got list", {"head": [1]}),
         (
             r"target: expected integers, got torch\.float32",
             {"head": draw(3, 7, 2), "target": torch.zeros(2)},
-        ),
-        (
-            r"target: expected an int, got bool",
-            {"head": draw(3, 7, 2), "target": True},
         ),
         (
             r"head: expected dtype torch\.float32 as q, got torch\.float64",
@@ -97,7 +77,6 @@ HEAD_MISTAKES: Table = {
     ],
     ValueError: [
         (r"head: expected \(E, V\) = \(3, 7\), got \(3, 6\)", {"head": draw(3, 6)}),
-        (r"head: expected \(E, V\) = \(3, 7\), got \(3, 7, 2\)", {"head": draw(3, 7, 2)}),
         (
             r"head: expected \(E, V, C\) = \(3, 7, any\), got \(3, 7\)",
             {"target": torch.zeros(2).long()},
@@ -110,15 +89,10 @@ HEAD_MISTAKES: Table = {
             r"target: expected values from 0 to 1, got 0 to 2",
             {"head": draw(3, 7, 2), "target": torch.tensor([0, 2])},
         ),
-        (
-            r"target: expected values from 0 to 1, got -1 to 1",
-            {"head": draw(3, 7, 2), "target": torch.tensor([-1, 1])},
-        ),
     ],
 }
 MLP_MISTAKES: Table = {
     TypeError: [
-        (r"x: expected a Tensor, got list", {"x": [1.0]}),
         (r"x: expected a floating-point dtype", {"x": X.long()}),
         (r"index: expected int64 or int32, got torch\.float32", {"index": INDEX.float()}),
         (
@@ -126,11 +100,6 @@ MLP_MISTAKES: Table = {
             {"weight": WEIGHT.double()},
         ),
         (r"b_out: expected dtype torch\.float32 as x, got torch\.float16", {"b_out": B_OUT.half()}),
-        (r"w_gate: expected a Tensor, got bool", {"w_gate": True}),
-        (
-            r"w_gate: expected dtype torch\.float32 as x, got torch\.float64",
-            {"w_gate": W_IN.double()},
-        ),
     ],
     ValueError: [
         (r"x: expected \(N, D\).*got \(1, 5, 4\)", {"x": X[None]}),
@@ -140,17 +109,12 @@ MLP_MISTAKES: Table = {
             r"index: expected -1 or experts from 0 to 2, got values from 0 to 3",
             {"index": INDEX * 3},
         ),
-        (
-            r"index: expected -1 or experts from 0 to 2, got values from -2 to 0",
-            {"index": INDEX * -2},
-        ),
         (r"weight: expected \(N, K\) = \(5, 2\), got \(4, 2\)", {"weight": WEIGHT[:4]}),
         (
             r"w_in: expected \(E, F, 4\) with E and F from 1, got \(3, 6, 3\)",
             {"w_in": W_IN[..., :3]},
         ),
         (r"w_out: expected \(E, D, F\) = \(3, 4, 6\), got \(3, 6, 4\)", {"w_out": W_OUT.mT}),
-        (r"b_in: expected \(E, F\) = \(3, 6\), got \(2, 6\)", {"b_in": B_IN[:2]}),
         (r"w_gate: expected \(E, F, D\) = \(3, 6, 4\), got \(3, 4, 6\)", {"w_gate": W_OUT}),
         (
             r"b_gate: expected \(E, F\) = \(3, 6\), got \(3, 4\)",

@@ -45,7 +45,11 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(call.function, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*zip(NAMES, itertools.cycle(DTYPES))], ids=str)
+# Without dropout the same operators run.
+FEW = [name for name in NAMES if "p=0.0" not in name]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*zip(FEW, itertools.cycle(DTYPES))], ids=str)
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
     for op, arguments in operators_of(calls("cpu", dtype)[name]):
         check_operator(op, arguments)

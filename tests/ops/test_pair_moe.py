@@ -32,7 +32,6 @@ from tests.support.pair_cases import (
 )
 from tests.support.pair_tests import PairTests
 
-OPS = torch.ops.flmoe
 BASE = PairCase(9, 14)
 
 
@@ -167,27 +166,6 @@ def test_autocast(backend: str) -> None:
     assert found.mass.dtype == torch.float32
     assert torch.equal(found.y, expected.y)
     assert torch.equal(found.mass, expected.mass)
-
-
-def test_registered_operators_check_sizes() -> None:
-    """The kernels use raw addresses, so the registered operators refuse inconsistent sizes."""
-    q, k, a, c, _ = BASE.inputs(torch.float32)
-    tail = ([0, 1, 2, 3], 4, 0.5, "none", "cpu")
-    short = torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"mask_a: expected torch\.bool \(2, 9\)"):
-        OPS.pair_moe(q, k, a, c, None, short, None, *tail)
-    with pytest.raises(ValueError, match=r"k: expected torch\.float32 \(2, 4, 14, 5\)"):
-        OPS.pair_moe(q, k[..., :3], a, c, None, None, None, *tail)
-    with pytest.raises(ValueError, match="q: expected a last dimension from 1, got"):
-        OPS.pair_moe(q[..., :0], k[..., :0], a, c, None, None, None, *tail)
-    with pytest.raises(ValueError, match="a: expected a last dimension from 1, got"):
-        OPS.pair_moe(q, k, a[..., :0], c[..., :0], None, None, None, *tail)
-    with pytest.raises(ValueError, match="top_k: expected 1 to the number of experts"):
-        OPS.pair_moe(q, k, a, c, None, None, None, [0, 1, 2, 3], 0, 0.5, "none", "cpu")
-    with pytest.raises(ValueError, match="kinds: expected one code per expert"):
-        OPS.pair_moe(q, k, a, c, None, None, None, [0, 1], 4, 0.5, "none", "cpu")
-    with pytest.raises(ValueError, match="kinds: expected codes from 0 to 4"):
-        OPS.pair_moe(q, k, a, c, None, None, None, [0, 1, 2, 9], 4, 0.5, "none", "cpu")
 
 
 @settings(max_examples=80)

@@ -80,14 +80,6 @@ def test_gate_of_all_experts_and_of_no_tokens(tokens: int, experts: int, make: R
     torch.testing.assert_close(found[1], expected[1], equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gate_does_not_depend_on_the_order_of_threads(dtype: torch.dtype) -> None:
-    for experts, over_all in itertools.product((5, 40, 300), (False, True)):
-        logits = draw(33, experts, dtype=dtype)
-        found = [Twin(order).gate(logits, 3, over_all) for order in ORDERS]
-        assert all(equal(one, found[0]) for one in found)
-
-
 # The smallest number of rows with several blocks; rows that end inside a block, a warp and a step; more blocks
 # than threads of a scan; more bins than a window.
 LARGE = [
@@ -128,46 +120,10 @@ def test_experts_out_of_range_are_dropped(make: Runner) -> None:
     assert equal(runner.dispatch(index, experts), cpu.dispatch(inside, experts))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 8192, 8193, 700_001, 2**31 - 1])
-@pytest.mark.parametrize("bins", [1, 255, 257, 2**20 + 1, 2**31 - 2])
-def test_plan_covers_the_rows(rows: int, bins: int) -> None:
-    blocks, each, alone = native.routing_plan(rows, bins)
-    counters = native.routing_counters(rows, bins)
-    if alone:
-        assert (blocks, each, counters) == (1, rows, 0)
-        assert rows <= 8192
-    else:
-        assert each % 1024 == 0
-        assert (blocks - 1) * each < rows <= blocks * each
-        assert 1 <= blocks <= 1024
-        assert counters == blocks * bins <= max(2**24, bins)
-
-
 def test_shuffled_orders_detect_a_race() -> None:
     """Negative control: if all threads of a step write to the same place, the result depends on their order."""
     assert native.routing_twin_race(0) == 255
     assert len({native.routing_twin_race(order) for order in range(10)}) > 5
-
-
-@pytest.mark.parametrize("in_a_warp", [False, True])
-def test_the_twin_refuses_other_threads_variables(in_a_warp: bool) -> None:
-    """A thread can only read its own variables, although on the host they are in an array of all threads."""
-    own = native.routing_twin_peek(in_a_warp, 0)
-    assert own == (31 if in_a_warp else 255)
-    for apart in (1, 16):
-        with pytest.raises(RuntimeError, match="a thread takes another thread's variable"):
-            native.routing_twin_peek(in_a_warp, apart)
-    assert native.routing_twin_peek(in_a_warp, 0) == own
-
-
-def test_native_functions_refuse_invalid_arguments() -> None:
-    for rows, bins in ((2**31, 4), (-1, 4), (5, 0), (5, 2**31 - 1)):
-        with pytest.raises(ValueError, match="expected"):
-            native.routing_plan(rows, bins)
-    with pytest.raises(ValueError, match="rows_per_block: expected a multiple of 256"):
-        Twin(rows_per_block=100).dispatch(torch.zeros(3, 1, dtype=torch.int64), 2)
-    with pytest.raises(ValueError, match="top_k: expected 1 to experts"):
-        Twin().gate(torch.zeros(3, 2), 3, False)
 
 
 @needs_gpu

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -68,41 +67,6 @@ def operator_calls(
         "expand_views": [draw(experts, 2, rows, width, dtype=dtype), modality, 3],
         "interaction_losses": [draw(4, 3, 2, 5, dtype=dtype), None],
     }
-
-
-def backward_calls(p: float) -> list[tuple[str, tuple[Any, ...]]]:
-    """Arguments of all backward operators, with optional gradients present and absent."""
-    seed = make_seed() if p else None
-    x, grad = draw(2, 6, 4), draw(2, 6, 4, seed=1)
-    gain, stats, weight = draw(2, 4, seed=2), draw(2, 6, seed=3), draw(2, 4, 4, seed=4)
-    pooled, modality = draw(2, 2, 2, 4), torch.tensor([0, 1, 1], dtype=torch.int32)
-    grads = itertools.product((grad, None), repeat=2)
-    own_and_wanted = (
-        (True, [False, True, True, True]),
-        (False, [True, True, True, True]),
-        (False, [True, False, False, True]),
-        (False, [False, False, True, False]),
-    )
-    wants = ((True, True, True), (True, False, True), (False, True, False))
-    hidden, w_in, w_out = draw(2, 6, 7), draw(2, 7, 4, seed=5), draw(2, 4, 7, seed=6)
-    parts = (
-        [True] * 5,
-        [True] + [False] * 4,
-        [False] * 3 + [True] * 2,
-        [False, True] * 2 + [False],
-    )
-    return [
-        *(
-            ("dropout_add_norm_backward", (*given, x, stats, stats, gain, seed, p, own, want))
-            for given, (own, want) in itertools.product(grads, own_and_wanted)
-        ),
-        *(("expert_mlp_backward", (grad, x, hidden, w_in, w_out, seed, p, want)) for want in parts),
-        ("dropout_add_pool_backward", (pooled, cumulative([2, 1]), 2, 6, seed, p, [True, True])),
-        ("dropout_add_pool_backward", (pooled, cumulative([1, 1]), 2, 6, seed, p, [False, True])),
-        ("expand_views_backward", (draw(2, 3, 3, 4), modality)),
-        *(("expert_linear_backward", (grad, x, weight, *wanted)) for wanted in wants),
-        ("interaction_losses_backward", (draw(4), draw(4, 3, 2, 5), None)),
-    ]
 
 
 def layers_arguments(

@@ -37,60 +37,6 @@ def is_float(x: object) -> bool:
     return isinstance(x, Tensor) and x.dtype.is_floating_point
 
 
-def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
-    """Calls that would read past a tensor or with a wrong dtype, and their messages."""
-    x, gain, stats, cu = draw(2, 6, 4), draw(2, 4), draw(2, 6), cumulative([3])
-    half, seeds = x.half(), torch.zeros(2, dtype=torch.int64)
-    modality, pair, means = torch.zeros(6).int(), draw(2, 2, 6, 4), draw(2, 1, 1, 4)
-    drop, none = (make_seed(), 0.5), (None, 0.0)
-    weight, bias, grad, wants = draw(2, 5, 4), draw(2, 5), draw(2, 6, 5), (True, True, True)
-    saved = (x, stats, stats, gain, *drop, False, [True] * 4)
-    mlp = identity_mlp(x)
-    hidden = (x, x, mlp[1], mlp[3])
-    return [
-        ("expert_norm", (x, gain[:1], gain, EPS), "gain: expected"),
-        ("expert_norm", (x, gain, gain.double(), EPS), "shift: expected"),
-        ("dropout_add_norm", (x[:, :5], x, gain, gain, *drop, EPS), "residual: expected"),
-        ("dropout_add_norm", (half, x, gain, gain, *drop, EPS), "residual: expected"),
-        ("dropout_add_norm", (x, x, gain, gain, seeds, 0.5, EPS), "seed: expected"),
-        ("dropout_add_norm_backward", (x[:1], x, *saved), "grad_total: expected"),
-        ("dropout_add_norm_backward", (x, half, *saved), "grad_normed: expected"),
-        ("dropout_add_norm_backward", (x, x, x, stats[:1], *saved[2:]), "mean: expected"),
-        ("dropout_add_norm_backward", (x, x, x, stats, stats.half(), *saved[3:]), "rstd: expected"),
-        ("expert_mlp_backward", (x[:, :5], *hidden, *none, [True] * 5), "grad_out: expected"),
-        ("expert_mlp_backward", (x, x, x[:1], *hidden[2:], *none, [True] * 5), "hidden: expected"),
-        ("dropout_add_pool", (x, half, cu, 2, *none), "update: expected"),
-        ("dropout_add_pool", (x, x, cu.long(), 2, *none), "cu_segments: expected"),
-        ("dropout_add_pool", (x, x, cu[:0], 2, *none), "cu_segments: expected"),
-        ("dropout_add_pool", (x, x, cu, 4, *none), "views: expected a divisor of 6 rows, got 4"),
-        ("dropout_add_pool_backward", (means, cu, 2, 6, *none, [True, True]), "grad_out: expected"),
-        ("expand_views", (pair[:, :1], modality, 3), "x: expected"),
-        ("expand_views", (pair, modality.long(), 3), "modality: expected"),
-        ("expand_views_backward", (pair, modality[:5]), "modality: expected"),
-        ("expert_linear", (x[:1], weight, None), "x: expected"),
-        ("expert_linear", (x[..., :3], weight, None), "x: expected"),
-        ("expert_linear", (half, weight, None), "weight: expected"),
-        ("expert_linear", (x, weight, bias[:, :4]), "bias: expected"),
-        ("expert_linear", (x, weight, bias.half()), "bias: expected"),
-        ("expert_linear_backward", (grad[:, :5], x, weight, *wants), "grad_out: expected"),
-        ("expert_linear_backward", (grad[..., :4], x, weight, *wants), "grad_out: expected"),
-        ("expert_linear_backward", (grad.half(), x, weight, *wants), "grad_out: expected"),
-        ("expert_linear", (x, weight[..., :3], None), "x: expected"),
-        ("expert_mlp", (*mlp, modality[0], 0.5), "seed: expected"),
-        ("expert_mlp", (*mlp, seeds, 0.5), "seed: expected"),
-        ("expert_mlp", (x[..., :3], *mlp[1:], *none), "x: expected"),
-        ("expert_mlp", (*mlp[:2], gain[:, :3], *mlp[3:], *none), "b_in: expected|bias: expected"),
-        ("expert_mlp", (*mlp[:3], weight[..., :3], gain, *none), "w_out: expected|x: expected"),
-        ("expert_mlp", (*mlp[:4], gain.half(), *none), "b_out: expected|bias: expected"),
-        ("dropout_add_pool", (x, x[:, :5], cu, 1, *none), "update: expected"),
-        ("dropout_add_pool", (x, x, cu, 0, *none), "views: expected a divisor of 6"),
-        ("expand_views", (pair, modality[:5], 3), "modality: expected"),
-        ("interaction_losses", (draw(4, 4, 2, 5), None), "latents: expected"),
-        ("interaction_losses", (draw(4, 3, 2, 5), modality > 0), "exists: expected"),
-        ("interaction_losses_backward", (draw(3), draw(4, 3, 2, 5), None), "grad_losses: expected"),
-    ]
-
-
 # (experts, rows of a view, width, rate)
 MASKS = (
     *((2, 2, 63, 0.3), (1, 1, 1030, 0.99), (2, 3, 300, 0.5), (1, 2, 300, 0.999)),
@@ -176,16 +122,12 @@ class EncoderTests:
             results = self.compare("expand_views", arguments, dtype)
             assert torch.equal(results[0][0], results[0][1]), "a copy has no rounding"
 
-    @pytest.mark.parametrize("steady", [True, False])
     @pytest.mark.parametrize("name", ["expert_linear", "expert_norm", "expert_mlp"])
-    def test_sums_over_many_rows(self, name: str, steady: bool) -> None:
+    def test_sums_over_many_rows(self, name: str) -> None:
         """Gradients of weights are sums over all tokens and views; their rounding error must not grow with the
-        number.
-
-        steady: all rows have the same gradient, as after mean pooling, so that nothing cancels.
-        """
+        number. All rows have the same gradient, as after mean pooling, so that nothing cancels."""
         rows, width = self.many[name == "expert_norm"], 16
-        cotangent = draw(1, 1 if steady else rows, width, seed=4).expand(1, rows, width)
+        cotangent = draw(1, 1, width, seed=4).expand(1, rows, width)
         x, weight = draw(1, rows, width), draw(1, width, width, seed=1)
         bias = draw(1, width, seed=2)
         arguments = {
@@ -358,10 +300,3 @@ class EncoderTests:
         for got in (sums, grad):
             torch.testing.assert_close(got, twice, rtol=unit, atol=0)
         assert not torch.equal(first, second) or p in (0.0, 1.0)
-
-    @pytest.mark.parametrize(("name", "arguments", "message"), refusals())
-    def test_refuses_what_would_read_past_a_tensor(
-        self, name: str, arguments: tuple[Any, ...], message: str
-    ) -> None:
-        with pytest.raises(ValueError, match=message):
-            self.operator(name)(*arguments)

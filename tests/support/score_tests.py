@@ -156,18 +156,6 @@ class ScoreTests:
         assert found.total_i[0].tolist() == [0, 0, 0, 0, 1, 1]
         assert found.total_j[0].tolist() == [0, 1, 2, 3, 0, 1]
 
-    def test_a_huge_number_of_pairs_is_that_of_all_pairs(self) -> None:
-        (q, k, a, c, head), options = arguments(PairCase(5, 7, kinds=KINDS), torch.float32)
-        every = top_pairs(q, k, a, c, head, n_pairs=35, **options, backend=self.backend)
-        for count in (36, 10**9, 10**30):
-            found = top_pairs(q, k, a, c, head, n_pairs=count, **options, backend=self.backend)
-            assert found.values.shape == every.values.shape == (*q.shape[:2], 35)
-            assert all(map(torch.equal, found, every))
-        none = top_pairs(
-            q[:, :, :0], k, a[:, :, :0], c, head, n_pairs=10**9, **options, backend=self.backend
-        )
-        assert none.total_i.tolist() == [[-1]] * len(q)
-
     def test_near_ties_at_the_cut_are_reported(self) -> None:
         a = torch.tensor([4.0, 3.0, 2.81, 2.5]).view(1, 1, 4, 1)
         zeros = torch.zeros(1, 1, 4, 1)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
@@ -153,13 +153,10 @@ def _kernel(name: str) -> str:
 
 
 @contextmanager
-def emulated_cuda(
-    damage: Callable[[str], str] | None = None, shared_kib: int = 99
-) -> Iterator[Findings]:
+def emulated_cuda(shared_kib: int = 99) -> Iterator[Findings]:
     """Within the `with` block backend "cuda" takes CPU tensors, and pair_moe's kernels are emulated.
 
     Args:
-        damage: a change of every kernel's PTX.
         shared_kib: shared memory that a block may have; 99 is the least among the supported GPUs.
 
     Yields:
@@ -175,7 +172,7 @@ def emulated_cuda(
         return x.data_ptr()
 
     def launch(name: str, grid: int, threads: int, shared: int, arguments: int) -> None:
-        program = _program(name) if damage is None else Program(damage(_kernel(name)), name)
+        program = _program(name)
         places = (ctypes.c_void_p * len(program.parameters)).from_address(arguments)
         parameters = np.zeros(sum(program.parameters[-1][:2]), np.uint8)
         for (first, size, _), place in zip(program.parameters, places, strict=True):
