@@ -95,7 +95,7 @@ def test_segments_out_of_range_touch_nothing_else(bounds: list[int]) -> None:
 
 class TestTriton(EncoderTests):
     backend, rows, width, precise = TRITON, 6, 70, (FLOAT32,)
-    exhaustive, many = False, (9000, 700)
+    exhaustive, many = False, (9000, 700, 700)
 
     @pytest.fixture(params=[(i, *size, DTYPES[i % 3]) for i, size in enumerate(SIZES)], ids=str)
     def size(self, request: pytest.FixtureRequest) -> Size:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -21,7 +23,9 @@ CALLS = calls("triton", torch.float32)
 
 @pytest.mark.parametrize("name", CALLS)
 def test_frozen_inputs_have_no_gradient_and_change_no_other(name: str) -> None:
-    check_frozen(CALLS[name], few_subsets(len(CALLS[name].inputs)))
+    """Every input alone, and all but the first."""
+    count = len(CALLS[name].inputs)
+    check_frozen(CALLS[name], itertools.islice(few_subsets(count), count + 1))
 
 
 # Without dropout the same kernels run.

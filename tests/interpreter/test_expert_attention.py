@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from tests.support.attention_cases import NAMES, Case, check, run
 from tests.support.attention_tests import AttentionTests
 from tests.support.inputs import cumulative, draw, gradients, make_seed
 
-OPS = torch.ops.flmoe
 TRITON = "triton"
 FLOAT32, BFLOAT16, FLOAT16 = (torch.float32, torch.bfloat16, torch.float16)
 # Ragged, prime and empty runs, uncovered rows, one token; all classes of tiles and all chunk widths.
@@ -140,41 +138,6 @@ def test_rows_of_no_problem_are_not_read(lengths: tuple[int, ...]) -> None:
         results.append([out, lse, *grads])
     assert all(map(torch.equal, *results))
     assert all((each[:, valid:] == 0).all() for each in results[0])
-
-
-def refusals() -> list[tuple[str, tuple[Any, ...], str]]:
-    q, cu = draw(1, 6, 2, 4), cumulative([6])
-    seeds, half, double = torch.zeros(2, dtype=torch.int64), q.half(), q.double()
-    tail, lse, wants = (cu, None, 0.0, 1.0), draw(1, 6, 2), [True] * 3
-    return [
-        ("", (q[0], q[0], q[0], *tail), "q: expected"),
-        ("", (double, double, double, *tail), "q: expected float32, bfloat16 or float16"),
-        ("", (q.int(), q.int(), q.int(), *tail), "q: expected float32, bfloat16 or float16"),
-        ("", (q, q[:, :5], q, *tail), "k: expected"),
-        ("", (q, q, half, *tail), "v: expected"),
-        ("", (q, q, q, cu.long(), *tail[1:]), "cu_seqlens: expected"),
-        ("", (q, q, q, cu[:0], *tail[1:]), "cu_seqlens: expected"),
-        ("", (q, q, q, cu, seeds, 0.5, 1.0), "seed: expected"),
-        ("_backward", (q[:, :5], q, q, q, q, lse, *tail, wants), "grad_out: expected"),
-        ("_backward", (half, q, q, q, q, lse, *tail, wants), "grad_out: expected"),
-        ("_backward", (q, q, q, q, q[..., :3], lse, *tail, wants), "out: expected"),
-        ("_backward", (q, q, q, q, half, lse, *tail, wants), "out: expected"),
-        ("_backward", (q, q, q, q, q, lse[:, :5], *tail, wants), "lse: expected"),
-        ("_backward", (q, q, q, q, q, lse.double(), *tail, wants), "lse: expected"),
-        (
-            "_backward",
-            (double,) * 5 + (lse, *tail, wants),
-            "q: expected float32, bfloat16 or float16",
-        ),
-    ]
-
-
-@pytest.mark.parametrize(("name", "arguments", "message"), refusals(), ids=lambda x: str(x)[:40])
-def test_refuses_what_would_read_past_a_tensor(
-    name: str, arguments: tuple[Any, ...], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        getattr(OPS, f"expert_attention{name}")(*arguments, TRITON)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16], ids=str)

@@ -8,44 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flmoe_kernels.core import dropout as rng
-from flmoe_kernels.core.triton.philox import kept_elements
 from flmoe_kernels.ops.expert_attention import triton as kernels
 from flmoe_kernels.ops.expert_attention.triton.tiles import (
     head_of,
     place,
     row_at,
     statistics_of,
-    tile_columns,
-    tile_start,
 )
 from tests.support.inputs import cumulative, draw, make_seed
-
-
-@triton.jit
-def dump_kernel(
-    seed, threshold, problem, head, row, out, COLUMNS: tl.constexpr, SPREAD: tl.constexpr
-):
-    rows = row + tl.arange(0, 16)
-    first = tile_start(tl.program_id(0), COLUMNS, SPREAD)
-    kept = kept_elements(seed, threshold, problem, head, rows, first, COLUMNS, SPREAD)
-    at = tl.arange(0, 16)[:, None] * tl.num_programs(0) * COLUMNS + first
-    tl.store(out + at + tile_columns(COLUMNS, SPREAD)[None, :], kept.to(tl.int32))
-
-
-@pytest.mark.parametrize("columns", [16, 32, 64, 128])
-@pytest.mark.parametrize("spread", [False, True])
-@pytest.mark.parametrize("seed", [0, -1, 2**61 + 987654321])
-def test_tiles_of_the_mask_are_the_generators(columns: int, spread: bool, seed: int) -> None:
-    for p, problem, head, row in ((0.3, 0, 0, 0), (0.5, 2**31 - 3, 7, 8176), (1.0, 3, 1, 2)):
-        found = torch.full((16, 512), -1, dtype=torch.int32)
-        threshold = rng.keep_threshold(p)
-        dump_kernel[(512 // columns,)](
-            make_seed(seed), threshold, problem, head, row, found, columns, spread
-        )
-        rows = row + torch.arange(16).view(-1, 1)
-        kept = rng.keep_mask(make_seed(seed), p, problem, head, rows, torch.arange(512))
-        assert torch.equal(found, kept.int())
 
 
 @triton.jit

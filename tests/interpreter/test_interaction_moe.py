@@ -12,7 +12,6 @@ import torch
 
 from flmoe_kernels import InteractionMoE
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
-from flmoe_kernels.layers.interaction_moe import forward
 from tests.support.inputs import as_dtype, draw_masks, draw_replacements
 from tests.support.layers import LayerCase, assert_all_within_budget, outputs_and_gradients
 from tests.support.triton_interpreter import round_to_nearest
@@ -65,26 +64,6 @@ def test_inference_is_the_full_view_of_the_reference(monkeypatch: pytest.MonkeyP
         assert_within_budget(got, *want, name)
     experts = (torch.stack(list(each[0])) for each in (found, low, exact))
     assert_within_budget(*experts, "experts' logits")
-
-
-def test_a_fusion_model_alone_calls_its_routed_mlps() -> None:
-    """With padding, which the plan of a GPU keeps as rows at the end; control: without masks."""
-    case = dataclasses.replace(
-        FL, gate="GShardGate", masks="partial", mlp_experts=3, dim=16, heads=1
-    )
-    x, masks = case.inputs(), draw_masks(case.masks, case.batch, case.lengths)
-    fusions = [expert.fusion_model for expert in case.reference().interaction_experts[:2]]
-    results = []
-    for fusion, backend in zip(fusions, (TRITON, "reference"), strict=True):
-        fusion.load_state_dict(fusions[0].state_dict())
-        fusion.backend = backend
-        logits, latent = fusion(x, masks, return_latent=True)
-        loss = fusion.gate_loss()
-        (logits.sum() + latent.square().sum() + loss).backward()
-        results.append([logits, latent, loss, *(p.grad for p in fusion.parameters())])
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    assert (fusions[0](x) - results[1][0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("absent", [False, True])
@@ -153,17 +132,3 @@ def test_autocast_computes_in_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(latents, latents.to(low_type).float()), (
         "the rows did not have the low precision"
     )
-
-
-def test_positions_are_cached_between_calls_but_not_in_traces() -> None:
-    table = forward.position_table
-    key = (7, 6, torch.device("cpu"), torch.float32)
-    with torch.inference_mode():
-        kept = table(*key)
-    assert table(*key) is kept
-    assert not kept.is_inference()
-    mode = torch._subclasses.FakeTensorMode()
-    with mode:
-        assert table(*key) is not kept
-    assert table(*key) is kept
-    assert table(8, 6, *key[2:]).shape == (8, 6)

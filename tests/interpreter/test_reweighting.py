@@ -6,14 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flmoe_kernels import BackendUnavailable
 from flmoe_kernels.core.error_budget import assert_outside_budget
 from flmoe_kernels.ops.reweighting import api, reference
 from tests.support.inputs import SPECIAL_LOGITS, as_dtype, draw, draw_masks, gradients
 from tests.support.operator_cases import OPS, compare
 
 TRITON = "triton"
-BOTH = [True, True]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = ("none", "partial", "padded_sample", "padded_modality", "mixed")
 # One block of tokens, and several, of which shorter modalities use fewer.
@@ -92,22 +90,6 @@ def test_mix(shape: tuple[int, int, int], temperature: float, dtype: torch.dtype
         assert_outside_budget(wrong, *exact, "another temperature")
 
 
-def test_mix_of_a_slice_and_with_one_gradient() -> None:
-    whole = draw(4, 3, 5, 6, seed=2).requires_grad_()
-    scores = draw(5, 4, seed=1).requires_grad_()
-    for wanted in ([0], [1], [0, 1]):
-        results = []
-        for function in (
-            lambda *x: OPS.mix_experts(*x, 1.5, TRITON),
-            lambda *x: reference.mix_experts(*x, 1.5),
-        ):
-            out = function(scores, whole[:, 0])
-            results.append(gradients([out[i] for i in wanted], [scores, whole]))
-        for got, want in zip(*results, strict=True):
-            torch.testing.assert_close(got, want)
-        assert (results[0][0] != 0).any()
-
-
 def test_infinite_and_nan_scores_act_as_in_torch() -> None:
     leaves = [torch.tensor(SPECIAL_LOGITS), draw(4, len(SPECIAL_LOGITS), 3, seed=2)]
     results = []
@@ -128,42 +110,3 @@ def test_empty_batches() -> None:
     assert features.shape == (0, 6)
     weights, mixed = OPS.mix_experts(torch.empty(0, 4), torch.empty(4, 0, 3), 1.0, TRITON)
     assert (weights.shape, mixed.shape) == ((0, 4), (0, 3))
-
-
-def test_refusals() -> None:
-    """Direct calls of the operators that would read past a tensor are refused."""
-    tokens, features, statistics = draw(2, 5, 3), draw(2, 6), draw(2, 2, 2)
-    mask, scores, logits = torch.ones(2, 5, dtype=torch.bool), draw(2, 4), draw(4, 2, 3)
-    for name, arguments, message in (
-        ("reweighting_features", (tokens, None, [2, 2], 0), "lengths: expected"),
-        ("reweighting_features", (tokens, None, [6, -1], 0), "lengths: expected"),
-        ("reweighting_features", (tokens, mask[:, :4], [2, 3], 0), "mask: expected"),
-        ("reweighting_features", (tokens, mask.int(), [2, 3], 0), "mask: expected"),
-        ("reweighting_features", (tokens.double(), None, [2, 3], 0), "tokens: expected float32"),
-        (
-            "reweighting_features_backward",
-            (features, features, statistics[:1], None, [2, 3]),
-            "statistics: expected",
-        ),
-        (
-            "reweighting_features_backward",
-            (features[:, :5], features, statistics, None, [2, 3]),
-            "grad_features: expected",
-        ),
-        ("mix_experts", (scores[:, :3], logits, 1.0), "scores: expected"),
-        ("mix_experts", (scores[:, :0], logits[:0], 1.0), "logits: expected"),
-        ("mix_experts", (scores.half(), logits, 1.0), "scores: expected"),
-        (
-            "mix_experts_backward",
-            (scores, logits[0, :1], scores, logits, BOTH, 1.0),
-            "grad_mixed: ",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            getattr(OPS, name)(*arguments, TRITON)
-    for name, arguments in (
-        ("mix_experts", (scores, logits, 1.0)),
-        ("reweighting_features", (tokens, None, [2, 3], 0)),
-    ):
-        with pytest.raises(BackendUnavailable, match="reweighting: this operator has no cpu"):
-            getattr(OPS, name)(*arguments)

@@ -22,11 +22,10 @@ from flmoe_kernels.ops.routed_mlp.triton.table import TABLE, Tiles
 from flmoe_kernels.ops.routing import triton as routing_kernels
 from flmoe_kernels.ops.routing.api import dispatch
 from tests.support.inputs import as_dtype, draw
-from tests.support.routed_cases import ACTIVATIONS, RoutedCase, check, fused, run
+from tests.support.routed_cases import ACTIVATIONS, RoutedCase, check, run
 from tests.support.routed_tests import BASE, GATED, RoutedTests
 
 TRITON = "triton"
-OPS = torch.ops.flmoe
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOADS = ("even", "hot", "dropped", "none")
 # One token, none, several blocks of rows and columns, one full chunk, a partial chunk and several chunks.
@@ -100,18 +99,6 @@ def test_nan_cotangents_propagate_as_in_torch(act: str) -> None:
         found.append(torch.autograd.grad(out, x, torch.full_like(out, float("nan")))[0])
     assert torch.equal(found[0].isnan(), found[1].isnan())
     assert found[0].isnan().any()
-
-
-def test_halves_of_a_fused_weight_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[Launch] = []
-    monkeypatch.setattr(kernels, "run", lambda launches, _device: read.extend(launches))
-    halves = fused(GATED, GATED.inputs(torch.float32))
-    leaves = [x.detach().requires_grad_() for x in halves]
-    GATED.call(*leaves, index=GATED.index(), backend=TRITON).sum().backward()
-    found = {launch.kernel.fn.__name__: launch.arguments for launch in read}
-    for name in ("hidden_kernel", "rows_kernel"):
-        addresses = [found[name][key].data_ptr() for key in ("w", "w_gate")]
-        assert addresses == [halves[2].data_ptr(), halves[6].data_ptr()], name
 
 
 def test_a_token_may_choose_an_expert_twice() -> None:
@@ -254,28 +241,3 @@ def test_offsets_beyond_32_bits() -> None:
         strict=True,
     ):
         assert torch.equal(got, want)
-
-
-def test_inconsistent_arguments_are_refused() -> None:
-    x, weight, w_in, b_in, w_out, b_out = BASE.inputs(torch.float32)
-    _, offsets, permutation = dispatch(BASE.index(), 4, backend="reference")
-    tail = (w_in, b_in, w_out, b_out, None, None, offsets)
-    with pytest.raises(ValueError, match=r"permutation: expected torch\.int32 \(80,\)"):
-        OPS.routed_mlp(x, weight, *tail, permutation[1:], 0, True, TRITON)
-    with pytest.raises(ValueError, match=r"x: expected torch\.float32 \(40, 6\)"):
-        OPS.routed_mlp(x[1:], weight, *tail, permutation, 0, True, TRITON)
-    with pytest.raises(ValueError, match=r"b_gate: expected None without w_gate"):
-        OPS.routed_mlp(x, weight, *tail[:5], b_in, offsets, permutation, 0, True, TRITON)
-    with pytest.raises(ValueError, match=r"w_gate: expected torch\.float32 \(4, 9, 6\)"):
-        OPS.routed_mlp(
-            x, weight, *tail[:4], w_in[:, 1:], None, offsets, permutation, 0, True, TRITON
-        )
-    rows = 2**30 + 1
-    many = [x[:1].expand(rows, -1), weight[:1, :1].expand(rows, 1), *tail]
-    many += [permutation[:1].expand(rows)]
-    too_many = r"permutation: expected up to 2\^30 rows N \* K, got 1073741825"
-    with pytest.raises(ValueError, match=too_many):
-        OPS.routed_mlp(*many, 0, True, TRITON)
-    hidden = w_in[0, :1, :1].expand(rows, 9)
-    with pytest.raises(ValueError, match=too_many):
-        OPS.routed_mlp_backward(many[0], hidden, *many, 0, [True] * 8, TRITON)

@@ -120,15 +120,3 @@ def test_gate_with_capacity_and_mask_and_its_gradient() -> None:
         assert torch.equal(found[0][0], found[1][0])
         for got, want in zip(found[0][1:], found[1][1:], strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-
-
-def test_invalid_arguments_are_refused() -> None:
-    index = index_of(6, 2, 3, 0.0)
-    with pytest.raises(ValueError, match=r"mask: expected torch\.bool \(6,\)"):
-        OPS.routing_limit(index, torch.ones(5, dtype=torch.bool), 3, 1, TRITON)
-    with pytest.raises(ValueError, match=r"index: expected torch\.int64"):
-        OPS.routing_dispatch(index.int(), 3, TRITON)
-    with pytest.raises(ValueError, match="top_k: expected 1 to 3, got 4"):
-        OPS.routing_gate(draw(6, 3), 4, False, TRITON)
-    with pytest.raises(ValueError, match=r"index: expected up to 2\^30 rows"):
-        kernels.dispatch(torch.zeros(1, dtype=torch.int64).expand(2**30 + 1), 3)

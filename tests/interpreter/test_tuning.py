@@ -11,14 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from flmoe_kernels import expert_attention, pair_map
 from flmoe_kernels.core.error_budget import assert_outside_budget, assert_within_budget
 from flmoe_kernels.core.triton import tuning
 from flmoe_kernels.core.triton.launches import Launch
 from flmoe_kernels.core.triton.tuning import tuner
 from flmoe_kernels.ops.expert_attention.triton import table as attention_table
-from flmoe_kernels.ops.pair_moe.call import PairCall
-from flmoe_kernels.ops.pair_moe.triton import choice as pair_choice
 from flmoe_kernels.ops.pair_moe.triton import table as pair_table
 from flmoe_kernels.ops.routed_mlp.triton import table as routed_table
 from tests.support import attention_cases, pair_cases, routed_cases
@@ -127,35 +124,3 @@ def check_budget(run: Run, inputs: list[Tensor], found: list[Tensor]) -> None:
             may_vanish=vanishes,
         )
     assert_outside_budget(torch.zeros_like(found[0]), low[0], oracle[0], "zeros")
-
-
-def test_a_map_is_tuned_too() -> None:
-    case = dataclasses.replace(PAIR, bias=False)
-    inputs = case.inputs(torch.float32)
-    head = torch.ones(len(case.kinds), case.width)
-    options: dict[str, Any] = {"kinds": case.kinds, "backend": TRITON}
-    want = pair_map(*inputs, head, **options)
-    with tuning.autotune(timer=TableIsSlowest()):
-        found = pair_map(*inputs, head, **options)
-    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
-    assert list(choices()) == ["pair_moe.map"]
-    assert not any(choices()["pair_moe.map"].shared)
-
-
-def test_calls_of_a_bucket_share_a_result() -> None:
-    assert [tuning.bucket(n) for n in (0, 1, 2, 3, 64, 65)] == [0, 1, 2, 4, 64, 128]
-    clock = TableIsSlowest()
-    for lengths in ((33, 18), (35, 16)):
-        case = dataclasses.replace(ATTENTION, lengths=lengths)
-        q, k, v = case.qkv(torch.float32)
-        with tuning.autotune(timer=clock):
-            expert_attention(q, k, v, case.cu_seqlens, backend=TRITON)
-    assert len(tuner._choices) == 1
-
-
-def test_tiles_for_an_architecture_come_from_the_table() -> None:
-    """Ahead-of-time reports do not depend on tuning results of a machine."""
-    x = torch.empty(2, 4, 8, 32, device="meta")
-    call = PairCall(x, x, x, x, None, None, None, (0, 1, 2, 3), 4, 1.0)
-    with tuning.autotune(timer=refuse):
-        assert pair_choice.tiles_of("gradient", call, 90) == pair_choice.tiles_of("gradient", call)

@@ -52,7 +52,7 @@ def test_residual_and_update_have_separate_gradients() -> None:
 
 class TestCpu(EncoderTests):
     backend, rows, width, exhaustive = "cpu", 62, 4, True
-    precise, many = (torch.float32, torch.float64), (6192, 6192)
+    precise, many = (torch.float32, torch.float64), (6192, 6192, 6192)
 
     @pytest.fixture(params=[(0, *size, dtype) for size in SIZES for dtype in DTYPES], ids=str)
     def size(self, request: pytest.FixtureRequest) -> Size:

@@ -47,6 +47,7 @@ DROPPING = tuple(
     for name in ("dropout_add_norm", "dropout_add_pool")
     for suffix in ("", "_backward")
 )
+SUMS = ("expert_linear", "expert_norm", "expert_mlp")
 
 
 class EncoderTests:
@@ -58,8 +59,8 @@ class EncoderTests:
     width: int
     precise: tuple[torch.dtype, ...]
     exhaustive: bool
-    # Rows of expert_linear and expert_norm, more than one sum may have.
-    many: tuple[int, int]
+    # Rows of expert_linear, expert_norm and expert_mlp, more than one sum may have.
+    many: tuple[int, int, int]
 
     def operator(self, name: str) -> Operator:
         return lambda *arguments: getattr(OPS, name)(*arguments, self.backend)
@@ -122,11 +123,11 @@ class EncoderTests:
             results = self.compare("expand_views", arguments, dtype)
             assert torch.equal(results[0][0], results[0][1]), "a copy has no rounding"
 
-    @pytest.mark.parametrize("name", ["expert_linear", "expert_norm", "expert_mlp"])
+    @pytest.mark.parametrize("name", SUMS)
     def test_sums_over_many_rows(self, name: str) -> None:
         """Gradients of weights are sums over all tokens and views; their rounding error must not grow with the
         number. All rows have the same gradient, as after mean pooling, so that nothing cancels."""
-        rows, width = self.many[name == "expert_norm"], 16
+        rows, width = self.many[SUMS.index(name)], 16
         cotangent = draw(1, 1, width, seed=4).expand(1, rows, width)
         x, weight = draw(1, rows, width), draw(1, width, width, seed=1)
         bias = draw(1, width, seed=2)
