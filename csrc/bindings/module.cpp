@@ -19,7 +19,6 @@ PYBIND11_MODULE(_native, m) {
     return std::pair(bytes.used, bytes.kept);
   });
   m.attr("KEPT_SCRATCH") = flmoe::kKeptScratch;
-  m.attr("ARENA_BUFFER") = flmoe::kArenaBuffer;
   m.def("advise_huge", [](flmoe::bindings::Address data, int64_t bytes) {
     flmoe::advise_huge(flmoe::bindings::pointer(data), bytes);
   });

@@ -1,4 +1,4 @@
-"""Tests of the built CUDA code: atomics and dependencies."""
+"""Tests of the built CUDA code: registers, atomics and dependencies."""
 
 from __future__ import annotations
 
@@ -15,6 +15,22 @@ ARCHITECTURES, REASON = native().cuda_build()
 WITHOUT_CUDA = pytest.mark.skipif(
     not ARCHITECTURES, reason=f"the native module was built without CUDA ({REASON})"
 )
+# Kernels for more than four experts and for float64 need more registers than there are; narrower chunks would
+# compute the gate more often. The named shapes have four experts. The last limit is for nvcc 12.8.
+SPILLS = (("(float|B?Float16), 8", 64), ("double, 8", 256), ("double, 4", 8))
+
+
+@WITHOUT_CUDA
+@pytest.mark.skipif(not shutil.which("c++filt"), reason="c++filt is not installed")
+def test_registers_do_not_spill() -> None:
+    pytest.importorskip(
+        "triton", reason="the package triton, which has cuobjdump, is not installed"
+    )
+    from bench.aot.cuda import kernels
+
+    for kernel in kernels():
+        allowed = [most for pattern, most in SPILLS if re.match(pattern, kernel.arguments)]
+        assert kernel.spilled <= max(allowed, default=0), kernel
 
 
 @WITHOUT_CUDA

@@ -126,6 +126,17 @@ def test_shuffled_orders_detect_a_race() -> None:
     assert len({native.routing_twin_race(order) for order in range(10)}) > 5
 
 
+@pytest.mark.parametrize("in_a_warp", [False, True])
+def test_the_twin_refuses_other_threads_variables(in_a_warp: bool) -> None:
+    """A thread can only read its own variables, although on the host they are in an array of all threads."""
+    own = native.routing_twin_peek(in_a_warp, 0)
+    assert own == (31 if in_a_warp else 255)
+    for apart in (1, 16):
+        with pytest.raises(RuntimeError, match="a thread takes another thread's variable"):
+            native.routing_twin_peek(in_a_warp, apart)
+    assert native.routing_twin_peek(in_a_warp, 0) == own
+
+
 @needs_gpu
 @pytest.mark.parametrize("tokens", [900, 20_000])
 def test_a_cuda_graph_captures_gate_limit_and_dispatch(tokens: int) -> None:
