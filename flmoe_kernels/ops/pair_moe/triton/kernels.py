@@ -31,6 +31,7 @@ from .tiles import (
     store_sums,
     store_tokens,
     valid_tokens,
+    whole_tiles,
 )
 
 
@@ -139,6 +140,7 @@ def accumulate_kernel(
     DEPTH_R: tl.constexpr,
     WIDE_V: tl.constexpr,
     LANES: tl.constexpr,
+    HELD: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -153,11 +155,14 @@ def accumulate_kernel(
     for e in tl.static_range(EXPERTS):
         masses += (zeros_if(mass is not None or S1[e] > 0.0, ROWS, LANES),)
         sums += (zeros_if(S2[e] + S3[e] > 0.0, ROWS, WIDE_V),)
+    tiles = (None,) * EXPERTS
+    if HELD:
+        tiles = whole_tiles(q, b, i, valid_i, (True,) * EXPERTS, R, DEPTH_R)
     valid_j = valid_tokens(mask_b, b, 0, columns, COLUMNS)
     for j in range(0, columns, COLUMNS):
         invalid = count_valid(mask_b, valid_j, j, columns) < COLUMNS
         p = gate(
-            *(q, k, bias, b, i, valid_i, j, valid_j, invalid, scale),
+            *(tiles, q, k, bias, b, i, valid_i, j, valid_j, invalid, scale),
             *(EXPERTS, TOP_K, R, DEPTH_R, PRECISION, PTX),
         )
         masses, sums = add_block(
@@ -277,6 +282,7 @@ def gradient_kernel(
     WIDE_R: tl.constexpr,
     WIDE_V: tl.constexpr,
     LANES: tl.constexpr,
+    HELD: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -297,13 +303,17 @@ def gradient_kernel(
         values += (zeros_if(grad_own is not None and S2[e] + S3[e] > 0.0, ROWS, WIDE_V),)
         sums += (zeros_if(grad_x is not None, ROWS, WIDE_R),)
         totals += (zeros_if(grad_bias is not None, ROWS, LANES),)
+    tiles, factors = (None,) * EXPERTS, (None,) * EXPERTS
+    if HELD:
+        tiles = whole_tiles(x, b, x0, valid_x, (True,) * EXPERTS, R, DEPTH_R)
+        factors = whole_tiles(u, b, x0, valid_x, PRODUCT, V, DEPTH_V)
     seen = 0
     valid_z = valid_tokens(mask_z, b, 0, length_z, COLUMNS)
     for z0 in tl.range(0, length_z, COLUMNS, disable_licm=True):
         count = count_valid(mask_z, valid_z, z0, length_z)
         seen += count
         p = gate(
-            *(x, z, bias, b, x0, valid_x, z0, valid_z, count < COLUMNS, scale),
+            *(tiles, x, z, bias, b, x0, valid_x, z0, valid_z, count < COLUMNS, scale),
             *(EXPERTS, TOP_K, R, DEPTH_R, PRECISION, PTX),
         )
         if grad_own is not None:
@@ -316,7 +326,7 @@ def gradient_kernel(
             mean = tl.zeros((ROWS, COLUMNS), tl.float32)
             for e in tl.static_range(EXPERTS):
                 cotangent = pair_values(
-                    *(u, w, offset_x, offset_z, b, e, x0, valid_x, z0, valid_z),
+                    *(factors, u, w, offset_x, offset_z, b, e, x0, valid_x, z0, valid_z),
                     *(length_x, length_z, PRODUCT[e], OFFSET_X[e], OFFSET_Z[e]),
                     *(EXPERTS, V, DEPTH_V, PRECISION),
                 )

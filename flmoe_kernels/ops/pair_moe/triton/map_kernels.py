@@ -53,8 +53,9 @@ def map_kernel(
     valid_i = valid_tokens(mask_a, b, i, rows, ROWS)
     valid_j = valid_tokens(mask_b, b, j, columns, COLUMNS)
     # Pairs that are not valid are replaced below.
+    tiles = (None,) * EXPERTS
     p = gate(
-        *(q, k, bias, b, i, valid_i, j, valid_j, False, scale),
+        *(tiles, q, k, bias, b, i, valid_i, j, valid_j, False, scale),
         *(EXPERTS, TOP_K, R, DEPTH_R, PRECISION, PTX),
     )
     row, column = i + tl.arange(0, ROWS), j + tl.arange(0, COLUMNS)
@@ -68,7 +69,7 @@ def map_kernel(
     together = tl.zeros((ROWS, COLUMNS), tl.float32)
     for e in tl.static_range(EXPERTS):
         value = pair_values(
-            *(u, c, offset_i, offset_j, b, e, i, valid_i, j, valid_j, rows, columns),
+            *(tiles, u, c, offset_i, offset_j, b, e, i, valid_i, j, valid_j, rows, columns),
             *(PRODUCT[e], OFFSET_X[e], OFFSET_Z[e], EXPERTS, V, DEPTH_V, PRECISION),
         )
         value = tl.where(valid, p[e] * value, 0.0)

@@ -24,6 +24,7 @@ class Tiles:
     reductions and outputs; compiled with Triton 3.7.1, as tests/bench/test_aot.py checks.
     sums: columns of sums of all experts up to which "gradient" also computes the gradient of a or c, see
     launch.together. lanes: partial sums of a row; 0 stands for those of mma.sync and wgmma, see launch.lanes_of.
+    held: whether a program's own tiles of tokens are loaded before its loop.
     """
 
     rows: int
@@ -35,6 +36,7 @@ class Tiles:
     shared: tuple[int, int, int]
     sums: int = 0
     lanes: int = 0
+    held: bool = False
 
 
 # (kernel, more than _MANY experts, float32) -> tiles for every architecture that has none of its own. 16 columns
@@ -75,6 +77,8 @@ _SUMS, _GRADIENT = ("accumulate", False, False, FEW), ("gradient", False, False,
 # more than four experts have 64 rows on sm_90 and sm_100, for the matrix units of a group of warps, with eight
 # warps and chunks of 16, at which nothing spills. float32 "accumulate" of more than four experts has sm_80's tile
 # on sm_90 too, with chunks of 16. The fastest choice has not been measured.
+# `held` hardly changes the code of Triton 3.7, which copies these tiles to shared memory once. Triton 3.9 would
+# copy them in every step of "gradient" and spill 240 bytes; with mma.sync, `held` spills more.
 _REPLACED: dict[Architecture, dict[Key, Tiles]] = {
     80: {
         _SUMS: Tiles(16, 64, 64, 64, 4, 2, (47104, 0, 0)),
@@ -83,8 +87,8 @@ _REPLACED: dict[Architecture, dict[Key, Tiles]] = {
     90: {
         _SUMS: Tiles(16, 64, 64, 64, 4, 2, (0, 47104, 0)),
         _GRADIENT: Tiles(16, 64, 64, 64, 4, 3, (0, 94720, 0), 320),
-        ("accumulate", False, False): Tiles(64, 32, 64, 64, 4, 3, (0, 77824, 0)),
-        ("gradient", False, False): Tiles(64, 16, 64, 64, 4, 3, (0, 71808, 0), 320),
+        ("accumulate", False, False): Tiles(64, 32, 64, 64, 4, 3, (0, 77824, 0), held=True),
+        ("gradient", False, False): Tiles(64, 16, 64, 64, 4, 3, (0, 71808, 0), 320, held=True),
         ("accumulate", True, False): Tiles(64, 16, 16, 32, 8, 2, (0, 4608, 0)),
         ("gradient", True, False): Tiles(64, 16, 16, 64, 8, 2, (0, 8192, 0), 384),
         ("accumulate", False, True): Tiles(64, 16, 16, 64, 8, 2, (0, 16384, 0)),

@@ -109,7 +109,21 @@ def reciprocal(x, PTX: tl.constexpr):
 
 
 @triton.jit
+def whole_tiles(x, b, first, valid, NEEDED: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """The experts' tiles of x for `products`, loaded before a loop over z; 0.0 if not NEEDED, or if x is read in
+    chunks."""
+    tiles = ()
+    for e in tl.static_range(len(NEEDED)):
+        if NEEDED[e] and WIDTH <= CHUNK:
+            tiles += (load_tokens(x, b, e, first, valid, 0, WIDTH, CHUNK),)
+        else:
+            tiles += (0.0,)
+    return tiles
+
+
+@triton.jit
 def products(
+    tile,
     x,
     z,
     b,
@@ -122,11 +136,13 @@ def products(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x_i . z_j of one expert for a tile of pairs, in float32 (z may be of a narrower type than x)."""
+    """x_i . z_j of one expert for a tile of pairs, in float32 (z may be of a narrower type than x).
+
+    tile: that of x from whole_tiles; None to load it here.
+    """
     total = tl.zeros((valid_x.shape[0], valid_z.shape[0]), tl.float32)
     if WIDTH <= CHUNK:
-        # The tile of x is the same for every z: the compiler loads it once.
-        left = load_tokens(x, b, e, x0, valid_x, 0, WIDTH, CHUNK)
+        left = load_tokens(x, b, e, x0, valid_x, 0, WIDTH, CHUNK) if tile is None else tile
         right = load_tokens(z, b, e, z0, valid_z, 0, WIDTH, CHUNK).to(left.dtype)
         total = dot(left, tl.trans(right), total, PRECISION)
     else:
@@ -148,6 +164,7 @@ def finite_product(x, UNIT: tl.constexpr):
 
 @triton.jit
 def gate(
+    tiles,
     x,
     z,
     bias,
@@ -174,7 +191,7 @@ def gate(
     UNIT: tl.constexpr = 1.0 if TOP_K < EXPERTS else LOG2_E
     logits = ()
     for e in tl.static_range(EXPERTS):
-        logit = products(x, z, b, e, x0, valid_x, z0, valid_z, WIDTH, CHUNK, PRECISION)
+        logit = products(tiles[e], x, z, b, e, x0, valid_x, z0, valid_z, WIDTH, CHUNK, PRECISION)
         logit *= scale * UNIT
         if bias is not None:
             logit += finite_product(tl.load(bias + e).to(tl.float32), UNIT)
@@ -224,6 +241,7 @@ def select_valid(share, weights, valid_z):
 
 @triton.jit
 def pair_values(
+    tiles,
     u,
     w,
     offset_x,
@@ -247,7 +265,7 @@ def pair_values(
     """Compute offset_x + offset_z + u . w of one expert for a tile of pairs."""
     values = tl.zeros((valid_x.shape[0], valid_z.shape[0]), tl.float32)
     if PRODUCT:
-        values = products(u, w, b, e, x0, valid_x, z0, valid_z, V, DEPTH_V, PRECISION)
+        values = products(tiles[e], u, w, b, e, x0, valid_x, z0, valid_z, V, DEPTH_V, PRECISION)
     if OFFSET_X:
         values += load_sums(offset_x, b, e, x0, valid_x, length_x, EXPERTS)[:, None]
     if OFFSET_Z:
