@@ -143,10 +143,9 @@ def class_of(call: PairCall) -> str:
 def candidates(kernel: str, call: PairCall, architecture: Architecture | None) -> list[Tiles]:
     """Candidates for autotune; the first is that of the launch table. All use the table's chunks."""
     first = TABLE.tiles(key_of(kernel, call), architecture, *narrower(kernel, call))
-    fields = ("rows", "columns", "warps", "stages")
-    own = tuple(getattr(first, name) for name in fields)
-    tried = (one for one in _TRIED[kernel] if one != own)
-    return [
-        first,
-        *(replace(first, **dict(zip(fields, one, strict=True)), shared=_UNKNOWN) for one in tried),
+    tried = [
+        replace(first, rows=rows, columns=columns, warps=warps, stages=stages, shared=_UNKNOWN)
+        for rows, columns, warps, stages in _TRIED[kernel]
     ]
+    known = replace(first, shared=_UNKNOWN)
+    return [first, *(tiles for tiles in tried if tiles != known)]
