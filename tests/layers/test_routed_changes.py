@@ -114,6 +114,14 @@ def test_a_replaced_gate_is_used_and_saved() -> None:
     assert torch.equal(state["all_gates.0.gate.weight"], mlp.gate.gate.weight)
 
 
+def test_router_0_is_the_gate_itself() -> None:
+    """Also after a functional_call, which needs a copy of it."""
+    model = nn.Sequential(make("GShardGate").eval())
+    functional_call(model, model.state_dict(), (draw(6, D),))
+    gate = model[0].gate
+    assert model.get_submodule("0.all_gates.0") is getattr(model[0].all_gates, "0") is gate
+
+
 @pytest.mark.parametrize("keys", ["named_parameters", "state_dict"])
 def test_functional_call_restores_the_parameters(keys: str) -> None:
     mlp, x = make(n_router=2).eval(), draw(6, D)

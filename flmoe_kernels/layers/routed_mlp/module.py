@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -85,8 +86,11 @@ class Routers(nn.ModuleDict):
         if name != "0":
             return value
         # torch.func.functional_call finds modules by their attributes and replaces their tensors for every key of
-        # a state_dict. It could not restore the gate, which has two keys, so the second key leads to a copy with
-        # the same tensors.
+        # a state_dict. It could not restore the gate, which has two keys, so its second key leads to a copy with
+        # the same tensors. All other callers get the gate itself.
+        caller = sys._getframe(1).f_globals.get("__name__")
+        if caller != "torch.nn.utils._named_member_accessor":
+            return value
         router: Any = value
         tensors = (*router.parameters(), *router.buffers())
         return copy.deepcopy(value, {id(tensor): tensor for tensor in tensors})
