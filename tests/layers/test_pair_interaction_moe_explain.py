@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from flmoe_kernels.explain.estimators.interactions import shapley_interactions
 from flmoe_kernels.ops.pair_moe.api import TopPairs
 from tests.support.explain_games import index_of
 from tests.support.inputs import draw_masks
@@ -243,6 +244,22 @@ def test_the_identities_hold_in_half_precision(dtype: torch.dtype, backend: str)
     torch.testing.assert_close(
         layer(x, masks).logits, found.logits, rtol=0.02, atol=0.3, check_dtype=False
     )
+
+
+@EACH_BACKEND
+def test_autocast_changes_nothing(backend: str) -> None:
+    layer = pair_layer(dtype=torch.float32, backend=backend)
+    x = pair_inputs((5, 7), dtype=torch.float32)
+
+    def explained() -> list[torch.Tensor]:
+        found = layer.explain(x, target=1)
+        [exact, _] = shapley_interactions(layer, x, target=1)
+        return [found.pair_map(), found.top_pairs(3).values, torch.from_numpy(exact.values)]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = explained()
+    for expected, values in zip(explained(), under_autocast, strict=True):
+        assert torch.equal(values, expected)
 
 
 def test_the_table_of_an_explanation() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flmoe_kernels.core.dtypes import statistics_dtype
+from flmoe_kernels.core.dtypes import statistics_dtype, without_autocast
 from flmoe_kernels.ops.pair_moe.api import PairMoEOutput, TopPairs, pair_map, pair_moe, top_pairs
 from flmoe_kernels.ops.pair_moe.kinds import swap_sides
 
@@ -80,11 +80,15 @@ class ProjectedPair:
         return pair_moe(*self._operands(), **self._options(), reduce=reduce)
 
     def map(self, head: Tensor, target: Tensor) -> Tensor:
-        """phi (B, E, La, Lb) through head (E, V, C) of class target (B)."""
-        return pair_map(*self._operands(), head, **self._options(), target=target)
+        """phi (B, E, La, Lb) through head (E, V, C) of class target (B), also under autocast in their dtype."""
+        with without_autocast(head.device):
+            return pair_map(*self._operands(), head, **self._options(), target=target)
 
     def top(self, head: Tensor, target: Tensor, n_pairs: int) -> TopPairs:
-        return top_pairs(*self._operands(), head, **self._options(), target=target, n_pairs=n_pairs)
+        """The largest phi, see map."""
+        options = {**self._options(), "target": target, "n_pairs": n_pairs}
+        with without_autocast(head.device):
+            return top_pairs(*self._operands(), head, **options)
 
     def _options(self) -> dict[str, Any]:
         return {**self.gate, "mask_a": self.a.mask, "mask_b": self.b.mask}
