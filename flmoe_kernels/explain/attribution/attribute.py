@@ -74,8 +74,8 @@ def attribute(
     readout="all", integrated gradients with rule="right", n_steps=16 and magnitude=True. Difference: in layers
     without a residual around the attention (compat "i2moe") there is no I.
 
-    If routed MLPs have gates with a capacity, a sample's logits depend on its batch. For rollouts this is the
-    given batch, for integrated gradients the rows of one pass.
+    If gates may drop tokens, a sample's logits depend on its batch. Rollouts and the predicted class are those of
+    the given batch; integrated gradients evaluate one row at a time.
 
     Args:
         model: InteractionMoE or its reference (swap() converts a published layer), or a FusionTransformer; for
@@ -96,7 +96,8 @@ def attribute(
             geometrically on these smooth models; use "midpoint" for functions with kinks (ReLU networks);
             "right" is the published rule.
         magnitude: take the mean of |.| over a token's features instead of their sum.
-        max_batch: rows of one pass of integrated gradients, samples times steps; None: as memory allows.
+        max_batch: rows of one pass of integrated gradients, samples times steps; None: as memory allows; 1 if
+            gates may drop tokens.
         progress: show a bar of integrated gradients on standard error; None: if it is a terminal.
 
     Returns:
@@ -120,7 +121,8 @@ def attribute(
         if masks is not None:
             masks = [None if mask is None else mask.clone() for mask in masks]
         if method == INTEGRATED:
-            path, wanted = _path(inputs, baseline, n_steps, rule, max_batch), (target, multi_label)
+            path = _path(model, inputs, baseline, n_steps, rule, max_batch)
+            wanted = target, multi_label
             return _by_path(model, inputs, masks, wanted, explains, path, magnitude, progress)
         check_readout(readout, len(inputs))
         # Padded rows have zero gradient, so they matter only for attention rollouts.
@@ -260,6 +262,7 @@ def _of_tokens(values: Tensor, valid: Tensor, magnitude: bool) -> Tensor:
 
 
 def _path(
+    model: Any,
     inputs: Inputs,
     baseline: Sequence[Tensor | None] | None,
     n_steps: int,
@@ -274,5 +277,5 @@ def _path(
         for x, start in zip(inputs, fill_values(fill, baseline, inputs), strict=True)
     ]
     # A backward pass needs about twice the memory of a forward pass.
-    max_batch = choose_batch(max_batch, inputs, copies=2)
+    max_batch = choose_batch(max_batch, model, inputs, copies=2)
     return Path(starts, rule, int(n_steps), max_batch)

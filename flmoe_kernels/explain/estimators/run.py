@@ -37,8 +37,9 @@ class Run:
     """Execution settings for the evaluation of coalitions; they change at most the last bits of values.
 
     Attributes:
-        max_batch: coalitions evaluated at once, unless the game has a smaller limit; None: as the available
-            memory allows, at most 256. Set it for bitwise equal results on different machines.
+        max_batch: coalitions evaluated at once, unless the game has a smaller limit (1 if gates may drop tokens);
+            None: as the available memory allows, at most 256. Set it for bitwise equal results on different
+            machines.
         checkpoint: a folder for each sample's values, 8 bytes per coalition; the same call continues from it. A
             checkpoint is valid for one model, sample and request; for a model that is not a Module, only the
             name, v(none) and v(all) are compared.

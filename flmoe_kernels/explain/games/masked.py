@@ -63,7 +63,7 @@ class MaskedModel:
         place, fills = expert_place(model, expert), fill_values(fill, baseline, inputs)
         valid = valid_tokens(inputs, masks)
         expanded = len(valid[0]) > 1 or not has_subset_logits(model)
-        most = choose_batch(max_batch, inputs, expanded=expanded)
+        most = choose_batch(max_batch, model, inputs, expanded=expanded)
         return cls(model, place, inputs, masks, valid, fill, fills, most)
 
     @property

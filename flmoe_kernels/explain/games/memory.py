@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.memory import available_bytes
 
-from .models import Inputs
+from .models import Inputs, depends_on_batch
 
 _LARGEST_GIVEN = 2**31  # of max_batch; torch's sizes have 64 bits
 LARGEST = 256  # larger batches are not faster, and fewer batches can be shared among ranks
@@ -33,15 +35,21 @@ def batch_size(sample_bytes: int, device: torch.device, expanded: bool = True) -
 
 
 def choose_batch(
-    max_batch: int | None, inputs: Inputs, copies: int = 1, expanded: bool = True
+    max_batch: int | None, model: Any, inputs: Inputs, copies: int = 1, expanded: bool = True
 ) -> int:
-    """Return max_batch or, if None, a batch size for these inputs, each held `copies` times; see batch_size."""
-    if max_batch is None:
-        given = [x for x in inputs if x is not None]
-        each = copies * sum(x[:1].nbytes for x in given)
-        return batch_size(each, given[0].device, expanded)
-    check.require_count("max_batch", max_batch, 1)
-    return min(int(max_batch), _LARGEST_GIVEN)
+    """Return max_batch or, if None, a batch size for these inputs, each held `copies` times; see batch_size.
+
+    It is 1 for a model whose gates may drop tokens, so that logits do not depend on the batch.
+    """
+    if max_batch is not None:
+        check.require_count("max_batch", max_batch, 1)
+    if depends_on_batch(model):
+        return 1
+    if max_batch is not None:
+        return min(int(max_batch), _LARGEST_GIVEN)
+    given = [x for x in inputs if x is not None]
+    each = copies * sum(x[:1].nbytes for x in given)
+    return batch_size(each, given[0].device, expanded)
 
 
 def require_room(name: str, count: int, least: int, each: int, device: torch.device) -> None:

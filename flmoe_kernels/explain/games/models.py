@@ -17,6 +17,7 @@ from flmoe_kernels.core.dtypes import autocast_dtype
 from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
+from flmoe_kernels.layers.routed_mlp.gates import Gate
 
 Inputs = Sequence[Tensor | None]
 
@@ -105,6 +106,12 @@ def require_model(model: Any, masking: bool) -> None:
             "fill: expected 'zero' or 'mean' for a layer with learned positions (I2MoE), which takes "
             "no masks, got 'drop'"
         )
+
+
+def depends_on_batch(model: Any) -> bool:
+    """Whether a sample's logits depend on the other samples of its batch: a gate may drop tokens."""
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    return any(isinstance(part, Gate) and part.may_drop for part in parts)
 
 
 def add_tensor(hasher: Any, value: Tensor | None) -> None:

@@ -46,7 +46,8 @@ class TokenGame:
         fill: replacement of absent tokens: "zero", "mean" or "drop".
         baseline: for "mean" the fill of each modality, M x (D_m,) or (L_m, D_m): see `token_means`.
         sample: position in the batch.
-        max_batch: coalitions that the model evaluates at once; None: as the available memory allows.
+        max_batch: coalitions that the model evaluates at once; None: as the available memory allows. 1 if gates of
+            a Module may drop tokens, because logits would depend on the other coalitions.
 
     Attributes:
         players: n.

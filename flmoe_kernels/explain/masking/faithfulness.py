@@ -99,7 +99,8 @@ def faithfulness(
         n_random, seed: number and seed of the random draws, which depend only on these and the shapes.
         labels: true classes (B,), or 0/1 labels (B, C) if targets are multi-label: the result keeps them and all
             logits. They do not change the explained class; to explain the true one pass them as `target`, too.
-        max_batch: samples that the model evaluates at once; None: as the available memory allows.
+        max_batch: samples that the model evaluates at once; None: as the available memory allows; 1 if gates may
+            drop tokens.
         progress: show a bar on standard error, with the number of evaluations; None: if it is a terminal.
 
     Raises:

@@ -92,6 +92,14 @@ class Gate(nn.Module):
         """Logits (N, E) that determine the choice in eval mode."""
         raise NotImplementedError
 
+    @property
+    def may_drop(self) -> bool:
+        """Whether a token's experts may depend on the other tokens of a call, as with a capacity.
+
+        Explanations then evaluate each sample alone. A subclass without a limit returns False.
+        """
+        return True
+
     def _for_all_experts(self, logits: Tensor) -> Tensor:
         if logits.shape[1] != self.tot_expert:
             raise ValueError(

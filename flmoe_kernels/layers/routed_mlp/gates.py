@@ -50,6 +50,10 @@ class NaiveGate(Gate):
         # whose sum may overflow.
         return index, weight, logits[:0].sum()
 
+    @property
+    def may_drop(self) -> bool:
+        return False
+
 
 class _CapacityGate(NaiveGate):
     """A gate with a maximum number of rows per expert.
@@ -79,8 +83,15 @@ class _CapacityGate(NaiveGate):
             raise ValueError(
                 f"top_k: expected {self.CHOICES} for {type(self).__name__}, got {self.top_k}"
             )
-        rate = self.capacity[0 if self.training else 1]
-        return math.ceil(rate * tokens * self.top_k / self.tot_expert)
+        return math.ceil(self._rate * tokens * self.top_k / self.tot_expert)
+
+    @property
+    def may_drop(self) -> bool:
+        return self._rate * self.top_k < self.tot_expert
+
+    @property
+    def _rate(self) -> float:
+        return self.capacity[0 if self.training else 1]
 
     def limited(
         self,
@@ -231,6 +242,10 @@ class NoisyGate(Gate):
         if self.spread:
             sums = sum_over_ranks(sums, self.group)
         return index, weight, variation(sums[0]) + variation(sums[1])
+
+    @property
+    def may_drop(self) -> bool:
+        return False
 
     def _load(
         self,
