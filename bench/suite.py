@@ -113,7 +113,7 @@ def comparisons(operator: str, device: str, full: bool) -> list[Comparison]:
         for case in cases([operator], shapes, row.phases, row.dtypes, device=device):
             if case.variant in row.variants:
                 result += (Comparison(case, peer, row.table) for peer in row.peers)
-    # In the default dtype of a GPU, rows are equal that differ in dtype on a CPU.
+    # On a GPU, rows that differ only in dtype may become equal.
     return list(dict.fromkeys(result))
 
 

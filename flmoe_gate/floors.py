@@ -149,7 +149,7 @@ class Floors:
         return machine.ratio[floor.key], machine.name
 
 
-# The kind of each value: a type, a set of names, or the bounds of a number: above, up to, and whether it is whole.
+# Kind of each value: a type, a set of names, or (exclusive lower bound, inclusive upper bound, whole number only).
 _RATIO = (0.0, 1e6, False)
 _FLOOR: dict[str, Any] = {
     "case": str,

@@ -64,7 +64,7 @@ class Request:
                 if isinstance(shape, operator.shapes)
             }
             shape = shapes[known("shape", self.shape or next(iter(shapes)), shapes)]
-            # In half precision a layer that chooses experts cannot be compared.
+            # In half precision, rounding changes the experts that a sparse layer chooses.
             sparse = cases.unavailable_reason(INTERACTION_MOE, shape, torch.bfloat16, "")
             half = is_cuda(self.device) and not sparse
             dtype = self.dtype or ("bfloat16" if half else "float32")

@@ -55,7 +55,7 @@ STEPS = [x for step in (STEP, STEP_I2) for x in (step, dataclasses.replace(step,
 def attention(
     dtype: torch.dtype, backend: str, wide: torch.dtype | None = None, longest: int = 1030
 ) -> list[Tensor]:
-    """By default more rows than a work item forward and backward; an empty run and uncovered rows.
+    """By default more rows than one work item takes. One run is empty; some rows are in no run.
 
     Inputs are rounded to `dtype`; computation is in `wide`.
     """

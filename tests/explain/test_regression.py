@@ -151,7 +151,7 @@ def test_tolerance_and_notes() -> None:
     assert early.stopped_by == "tolerance"
     assert early.draws < 0.6 * whole.draws
     assert early.standard_errors.max() <= tolerance
-    # Few of the coalitions of a game without structure say little.
+    # 60 coalitions are too few for a game without structure.
     poor = sampled(game, "regression", budget=60)
     assert any("the budget is too small: zeros" in note for note in poor.notes)
     assert not sampled(layered(10, 0), "regression", budget=800).notes

@@ -1,6 +1,6 @@
 """Tests of the layers on two ranks: averaged gradients under DistributedDataParallel, and FSDP2 (fully_shard).
 
-FSDP gives the results without it on whole layers, and an error on parts that the kernels do not call.
+Whole layers give the same results with and without FSDP. Sharded parts raise an error if no kernel calls them.
 """
 
 from __future__ import annotations

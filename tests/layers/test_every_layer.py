@@ -138,7 +138,7 @@ def results(name: str, layer: nn.Module, masked: bool, device: str) -> list[Tens
     return found
 
 
-# The gates have the same code for tensors without data.
+# The other gates run the same code on the meta device.
 WITHOUT_DATA = [
     name for name in LAYERS if name not in ("RoutedMLP NaiveGate", "RoutedMLP SwitchGate")
 ]

@@ -114,7 +114,7 @@ def test_changed_weights_are_seen(change: str) -> None:
 
 
 def test_gradients_and_dropout() -> None:
-    """Of the parameters, of the inputs alone, and dropout without gradients: this kernel has none of them."""
+    """Gradients of parameters, gradients of inputs only, and dropout: each avoids the inference kernel."""
     layer, (x, masks, _) = fast_layer(dataclasses.replace(FL, dropout=0.5)).eval(), data(FL)
     encoder = layer.interaction_experts[0].fusion_model.network[0]
     layer.inference(x, masks)[0][0].sum().backward()

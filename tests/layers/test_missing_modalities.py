@@ -205,7 +205,7 @@ def test_views_that_do_not_exist_are_not_computed() -> None:
         with FlopCounterMode(display=False) as counter:
             fast_layer(FL)(FL.inputs(), masks)
         counts.append(counter.get_total_flops())
-    # 32 of 48 tokens are valid, and 103 of 192 rows of views; without their padding alone, 128 rows remain.
+    # 32 of 48 tokens and 103 of 192 rows of views are valid. Removing only padding would leave 128 rows.
     assert counts[1] < 0.57 * counts[0]
 
 

@@ -51,7 +51,7 @@ Values<R> as(const Values<T>& x) {
   return out;
 }
 
-// Normal numbers that a T can hold, as K: the same for every K.
+// Normal numbers rounded to T, stored as K; equal for every K.
 template <typename T, typename K>
 class Draw {
  public:
@@ -130,8 +130,7 @@ class Comparisons {
     if (!holds) std::printf("FAILED %s\n", what.c_str());
   }
 
-  // run() computes in the type K from numbers that a T can hold. Recorded are its results for T and
-  // double.
+  // run() computes in type K, on inputs that T can hold. Results for T and double are recorded.
   template <typename T, typename F>
   void budget(const std::string& name, const F& run) {
     const Results found = run.template operator()<T>();

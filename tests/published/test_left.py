@@ -228,7 +228,7 @@ HOLDERS: list[tuple[Callable[[nn.Module], Any], str, str]] = [
 def test_layers_at_places_that_cannot_be_changed_are_reported(
     hold: Callable[[nn.Module], Any], path: str, reason: str
 ) -> None:
-    """Such a place would keep the original, which no longer changes modes."""
+    """The holder would keep the original, which train() no longer reaches."""
     model, layer = nn.Module(), make_layer()
     model.layer = layer
     # Not by setattr, which would register a module.

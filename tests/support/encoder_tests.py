@@ -59,7 +59,7 @@ class EncoderTests:
     width: int
     precise: tuple[torch.dtype, ...]
     exhaustive: bool
-    # Rows of expert_linear, expert_norm and expert_mlp, more than one sum may have.
+    # Rows of expert_linear, expert_norm and expert_mlp: more than a single sum takes.
     many: tuple[int, int, int]
 
     def operator(self, name: str) -> Operator:

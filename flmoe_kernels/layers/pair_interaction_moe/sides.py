@@ -80,7 +80,7 @@ class ProjectedPair:
         return pair_moe(*self._operands(), **self._options(), reduce=reduce)
 
     def map(self, head: Tensor, target: Tensor) -> Tensor:
-        """phi (B, E, La, Lb) through head (E, V, C) of class target (B), also under autocast in their dtype."""
+        """phi (B, E, La, Lb) of class target (B) through head (E, V, C). Autocast is ignored."""
         with without_autocast(head.device):
             return pair_map(*self._operands(), head, **self._options(), target=target)
 

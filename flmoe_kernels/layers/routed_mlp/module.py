@@ -86,8 +86,8 @@ class Routers(nn.ModuleDict):
         if name != "0":
             return value
         # torch.func.functional_call finds modules by their attributes and replaces their tensors for every key of
-        # a state_dict. It could not restore the gate, which has two keys, so its second key leads to a copy with
-        # the same tensors. All other callers get the gate itself.
+        # a state_dict. It cannot restore a module with two keys, so it gets a copy with the same tensors for
+        # the second key. All other callers get the gate itself.
         caller = sys._getframe(1).f_globals.get("__name__")
         if caller != "torch.nn.utils._named_member_accessor":
             return value

@@ -77,8 +77,8 @@ _SUMS, _GRADIENT = ("accumulate", False, False, FEW), ("gradient", False, False,
 # more than four experts have 64 rows on sm_90 and sm_100, for the matrix units of a group of warps, with eight
 # warps and chunks of 16, at which nothing spills. float32 "accumulate" of more than four experts has sm_80's tile
 # on sm_90 too, with chunks of 16. The fastest choice has not been measured.
-# `held` hardly changes the code of Triton 3.7, which copies these tiles to shared memory once. Triton 3.9 would
-# copy them in every step of "gradient" and spill 240 bytes; with mma.sync, `held` spills more.
+# Without `held`, Triton 3.9 copies these tiles to shared memory in every step of "gradient" and spills 240 bytes;
+# Triton 3.7 copies them once. With mma.sync, `held` spills more.
 _REPLACED: dict[Architecture, dict[Key, Tiles]] = {
     80: {
         _SUMS: Tiles(16, 64, 64, 64, 4, 2, (47104, 0, 0)),
