@@ -10,11 +10,14 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from flmoe_kernels.core.backend import transforming
 
 from .kept import traced
-from .snapshot import HOOKS
+from .snapshot import HOOKS, has_global_hook
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 T = TypeVar("T")
@@ -25,8 +28,13 @@ FORWARDS: dict[Any, Any] = {
 }
 
 
+# Pre-hooks of pruning and of the old weight and spectral norm, which compute a parameter before a call.
+RECOMPUTES = (BasePruningMethod, WeightNorm, SpectralNorm)
+
 # Methods of this package's classes, likewise.
 _METHODS: dict[Any, dict[str, Any]] = {}
+# A subclass may have other ones, because a call does not run them.
+_FREE = ("__init__", "extra_repr", "reset_parameters")
 
 _TORCH_FUNCTIONS: tuple[Any, ...] = (
     Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]
@@ -83,11 +91,14 @@ def check_hooks(part: nn.Module, path: str) -> None:
             )
 
 
-def check_methods(part: nn.Module, path: str) -> None:
-    """Check that no method of a part is replaced on the instance, and that a call runs `forward`."""
+def check_methods(part: nn.Module, path: str, only: Collection[str] = ()) -> None:
+    """Check that no method of a part is replaced on the instance, and that a call runs `forward`.
+
+    only: the methods to check; by default all.
+    """
     for name, value in vars(part).items():
         original = getattr(type(part), name, None)
-        if not callable(original):
+        if not callable(original) or (only and name not in only):
             continue
         # Tools that restore a method leave the class's own method on the instance, which changes nothing.
         if getattr(value, "__func__", None) is original and value.__self__ is part:
@@ -100,20 +111,52 @@ def check_methods(part: nn.Module, path: str) -> None:
 
 def record_methods(kind: type[ModuleT]) -> type[ModuleT]:
     """Remember the methods of a class for `check_inherited`; usable as a decorator."""
-    _METHODS[kind] = {name: x for name, x in vars(kind).items() if inspect.isfunction(x)}
+    methods = {name: x for name, x in vars(kind).items() if inspect.isfunction(x)}
+    _METHODS[kind] = {name: x for name, x in methods.items() if name not in _FREE}
     return kind
 
 
-def check_inherited(part: nn.Module, path: str) -> None:
-    """Check that the class of a part has the methods of this package's class that it is or extends."""
+def check_inherited(part: nn.Module, path: str, only: Collection[str] = ()) -> None:
+    """Check that the class of a part has the methods of this package's class that it is or extends.
+
+    only: the methods to check; by default all.
+    """
     owners: dict[str, type] = {}
     for kind in reversed(type(part).__mro__):
         owners |= dict.fromkeys(_METHODS.get(kind, {}), kind)
     for name, owner in owners.items():
+        if only and name not in only:
+            continue
         if getattr(type(part), name) is not _METHODS[owner][name]:
             raise UnsupportedLayer(
                 f"{path}: {class_name(part)}.{name} is not that of this package's {owner.__name__}"
             )
+
+
+def check_plain(layer: nn.Module, path: str, reason: str = "", only: Collection[str] = ()) -> None:
+    """Check that a call of a layer runs this package's methods and no hook that could change its result.
+
+    Functions that do not call the layer compute the same then. Hooks that compute a parameter (`RECOMPUTES`) and
+    those of torch.distributed, which gather parameters, are allowed.
+
+    Args:
+        reason: for the error, why a hook would not run.
+        only: the methods to check; by default all.
+    """
+    if has_global_hook():
+        raise UnsupportedLayer("torch.nn.modules.module: a hook on all modules is registered")
+    for kind in ("pre_hook", "hook"):
+        for hook in getattr(layer, f"_forward_{kind}s").values():
+            module = getattr(hook, "__module__", None) or ""
+            if isinstance(hook, RECOMPUTES) or module.startswith("torch.distributed."):
+                continue
+            name = getattr(hook, "__qualname__", None) or class_name(hook)
+            raise UnsupportedLayer(
+                f"{path}: has a forward {kind.replace('_', '-')}, {name}"
+                + (reason and f", which would not run, because {reason}")
+            )
+    check_methods(layer, path, only)
+    check_inherited(layer, path, only)
 
 
 def expect_linear(

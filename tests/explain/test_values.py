@@ -19,7 +19,6 @@ from flmoe_kernels.explain import (
     shapley_interactions,
     token_means,
 )
-from flmoe_kernels.explain.games.models import takes_tokens_in_any_order
 from tests.support.explain_games import Planted, drawn, interaction_layer
 from tests.support.inputs import draw_masks
 from tests.support.layers import LayerCase
@@ -70,14 +69,6 @@ def test_two_additive_games_agree_with_their_layers() -> None:
         assert closed(inside).std() > 1e-3
         ends = closed(np.array([[True], [False]]).repeat(closed.players, axis=1))
         np.testing.assert_allclose(ends, [closed.value, closed.baseline], atol=1e-12)
-
-
-def test_masked_tokens_are_removed_only_from_layers_without_an_order() -> None:
-    """A derived layer or another model may depend on the order of tokens."""
-    layer = pair_layer(DIMS)
-    assert takes_tokens_in_any_order(layer)
-    assert not takes_tokens_in_any_order(type("Positions", (type(layer),), {})(DIMS, num_classes=2))
-    assert not takes_tokens_in_any_order(interaction_layer(CASE))
 
 
 @pytest.mark.parametrize("fill", ["drop", "zero", "mean"])

@@ -16,8 +16,9 @@ from flmoe_kernels.explain.games.memory import choose_batch
 from flmoe_kernels.explain.games.models import Inputs, expert_names, logits_of, require_model
 from flmoe_kernels.explain.games.tokens import require_samples, valid_tokens
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
+from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
 
-from .experts import ALL, TOKENS, Experts, check_readout, readout_weights
+from .experts import ALL, TOKENS, Experts, check_readout, readout_weights, require_unchanged
 from .integrated import GAUSS, RULES, LogitsOf, Path, integrated_gradients
 from .rollout import attention_rollout, gradient_rollout
 from .targets import LOGIT, require_finite, require_prediction, resolve_targets
@@ -81,7 +82,8 @@ def attribute(
         model: InteractionMoE or its reference (swap() converts a published layer), or a FusionTransformer; for
             integrated_gradients also PairInteractionMoE, or any differentiable callable of (inputs, masks) that
             returns logits. A model without experts counts as one expert, "model". In eval mode. The gradients of
-            its parameters are not changed.
+            its parameters are not changed. A layer with a forward hook or a changed method is refused, because its
+            experts may not add up to what it returns; integrated_gradients takes a function that calls it.
         inputs: M x (B, L_m, D_m); None for a missing modality if the model accepts it.
         masks: M x (B, L_m), True or 1 = valid; None for a modality without mask.
         method: "attention_rollout", "gradient_rollout" or "integrated_gradients".
@@ -198,6 +200,8 @@ def _parts(
         mixture = (torch.stack(own, dim=1) * weights.unsqueeze(2)).sum(dim=1)
         functions = [experts.scores(e, explains == MIXTURE) for e in range(len(own))]
         return experts.names, functions, mixture, weights
+    if isinstance(model, PairInteractionMoE):
+        require_unchanged(model)
     with torch.no_grad():
         mixture = logits_of(model, inputs, masks, None)
     # PairInteractionMoE adds its experts with weight 1; any other model is a single part.

@@ -17,6 +17,7 @@ from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransf
 from flmoe_kernels.layers.interaction_moe.kernel_layer import validate_inputs
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.interaction_moe.structure import describe, describe_fusion
+from flmoe_kernels.layers.parts import UnsupportedLayer, check_plain
 
 from .integrated import LogitsOf
 from .rollout import AttentionRecord, evaluation_copy, recording_copy
@@ -36,12 +37,14 @@ class Experts:
 
     @classmethod
     def of(cls, model: Any, inputs: Inputs, masks: Inputs | None, padded: bool = False) -> Experts:
-        """Raises TypeError for another kind of layer, ValueError for inputs that the layer does not accept.
+        """Raises TypeError for another kind of layer, ValueError for a changed one or inputs that it refuses.
 
         padded: see RecordingAttention.
         """
         given: Any = inputs
         spec: LayerSpec | FusionSpec
+        if isinstance(model, ReferenceInteractionMoE | FusionTransformer):
+            require_unchanged(model)
         if isinstance(model, ReferenceInteractionMoE):
             spec, names = describe(model), expert_names(model)
             reweight: Callable[[Any, Any], Tensor] = evaluation_copy(model.reweight)
@@ -94,6 +97,16 @@ class Experts:
             return own * self.reweight(inputs, masks)[:, e : e + 1] if mixed else own
 
         return logits
+
+
+def require_unchanged(layer: nn.Module) -> None:
+    """Raises UnsupportedLayer, a ValueError, for a layer with a forward hook or with a changed method."""
+    try:
+        check_plain(layer, "model", "attribute calls the parts of a layer")
+    except UnsupportedLayer as error:
+        raise UnsupportedLayer(
+            f"{error}; pass a function that returns the layer's logits, with method='integrated_gradients'"
+        ) from None
 
 
 def check_readout(readout: str | int, modalities: int) -> None:

@@ -16,7 +16,7 @@ from flmoe_kernels.explain.extras import progress_bar
 from flmoe_kernels.explain.games.additive import TwoAdditiveGame
 from flmoe_kernels.explain.games.coalitions import all_pairs
 from flmoe_kernels.explain.games.masked import FILLS
-from flmoe_kernels.explain.games.models import Inputs
+from flmoe_kernels.explain.games.models import Inputs, changed_pairs_reason
 from flmoe_kernels.explain.games.token_game import OUTPUTS, TokenGame
 from flmoe_kernels.explain.games.tokens import players_of, require_inputs, valid_tokens
 from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
@@ -55,8 +55,9 @@ def shapley_interactions(
 ) -> list[PairValues]:
     """Shapley interaction index of token pairs, for each sample; arguments and errors as in `probe_pairs`.
 
-    For the logit of a PairInteractionMoE with fill="drop" it is exact and takes one pass. For other models it is
-    exact for few tokens, else an unbiased estimate. See `indices` for the formula, `regression` for the estimate.
+    For the logit of a PairInteractionMoE with fill="drop" it is exact and takes one pass, unless a forward hook or
+    a changed method, norm or projection may change the logit. For other models it is exact for few tokens, else an
+    unbiased estimate. See `indices` for the formula, `regression` for the estimate.
     """
     _require_options("shapley_interactions", options)
     results = probe_pairs(model, inputs, masks, indices=(SII,), **options)
@@ -103,7 +104,8 @@ def probe_pairs(
             predicted class of each sample.
         pairs, top: candidates, see `candidates.candidate_pairs`.
         scores: attributions M x (B, L_m), see `candidates.candidate_pairs`.
-        method: "closed_form": SII of the logit of a PairInteractionMoE with fill="drop", exact from one pass.
+        method: "closed_form": SII of the logit of a PairInteractionMoE with fill="drop", exact from one pass; not
+            for a layer with a forward hook or with a changed method, norm or projection.
             "exact": all coalitions of at most 16 tokens. "sampling": unbiased estimates, see `Sampling.design`.
             "auto": for each index the first of these that applies; "exact" only within the budget.
         sampling: budget, stopping rule, seed and design.
@@ -133,7 +135,9 @@ def probe_pairs(
         raise ValueError(f"baseline: expected None with fill={fill!r}")
     # `PairInteractionMoE.explain` gives the logit with absent tokens masked out.
     closed = isinstance(model, PairInteractionMoE) and output == "logit" and fill == "drop"
-    solved = _solved(names, method, closed)
+    changed = changed_pairs_reason(model) if closed else ""
+    closed = closed and not changed
+    solved = _solved(names, method, closed, changed)
     estimated = [name for name in names if name not in solved]
     targets, valid = _targets(target, batch), valid_tokens(inputs, masks)
     # For all samples, so that errors are raised before any evaluation.
@@ -225,12 +229,13 @@ def _settings(sampling: Sampling | None, run: Run | None) -> tuple[Sampling, Run
     return settings
 
 
-def _solved(indices: Sequence[str], method: str, closed: bool) -> tuple[str, ...]:
+def _solved(indices: Sequence[str], method: str, closed: bool, changed: str) -> tuple[str, ...]:
     """The indices that need no evaluations."""
     if method == CLOSED_FORM and not (closed and tuple(indices) == (SII,)):
         raise ValueError(
             "method: expected 'auto', 'exact' or 'sampling', as only the SII of the logit of a "
             "PairInteractionMoE with fill='drop' has a closed form, got 'closed_form'"
+            + (changed and f"; {changed}")
         )
     return (SII,) if closed and SII in indices and method in (AUTO, CLOSED_FORM) else ()
 

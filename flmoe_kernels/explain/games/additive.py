@@ -13,7 +13,14 @@ from flmoe_kernels.core import validation as check
 from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
 
 from .coalitions import Bools, Floats, Ints
-from .models import Inputs, describe, expert_place, game_digest, require_model
+from .models import (
+    Inputs,
+    changed_pairs_reason,
+    describe,
+    expert_place,
+    game_digest,
+    require_model,
+)
 from .token_game import require_coalitions
 from .tokens import flat_places, players_of, require_inputs, rows_of, valid_tokens
 
@@ -35,7 +42,8 @@ class TwoAdditiveGame:
         pair: (n, n), symmetric, 0 within a modality. Memory is O(n^2).
 
     Raises:
-        TypeError, ValueError: as TokenGame; also ValueError if terms are not finite.
+        TypeError, ValueError: as TokenGame; also ValueError if terms are not finite, and for a layer with a
+            forward hook or with a changed method, norm or projection.
     """
 
     batch_size = 4096
@@ -52,6 +60,8 @@ class TwoAdditiveGame:
     ) -> None:
         if not isinstance(model, PairInteractionMoE):
             raise TypeError(f"model: expected a PairInteractionMoE, got {type(model).__name__}")
+        if reason := changed_pairs_reason(model):
+            raise ValueError(f"{reason}; a TokenGame calls the layer")
         require_model(model, masking=True)
         check.require_count("sample", sample, 0, require_inputs(inputs, masks) - 1)
         self._expert = expert_place(model, expert)

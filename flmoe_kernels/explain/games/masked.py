@@ -13,7 +13,7 @@ from flmoe_kernels.core import validation as check
 from flmoe_kernels.layers.interaction_moe.subsets import has_subset_logits, subset_logits
 
 from .memory import choose_batch
-from .models import Inputs, expert_place, logits_of, require_model, takes_tokens_in_any_order
+from .models import Inputs, expert_place, is_plain_pair_layer, logits_of, require_model
 from .tokens import per_feature, require_samples, rows_of, valid_tokens
 
 FILLS = ("zero", "mean", "drop")
@@ -95,7 +95,7 @@ class MaskedModel:
         self, rows: Tensor, absent: Sequence[Tensor | None]
     ) -> tuple[list[Tensor | None], list[Tensor | None] | None]:
         """Return inputs and masks of samples `rows` (N,) without the tokens `absent`, M x (N, L_m) or None."""
-        packs = takes_tokens_in_any_order(self.model)
+        packs = is_plain_pair_layer(self.model)
         inputs: list[Tensor | None] = []
         masks: list[Tensor | None] = []
         for m, (x, gone) in enumerate(zip(self.inputs, absent, strict=True)):

@@ -17,6 +17,7 @@ from flmoe_kernels.core.dtypes import autocast_dtype
 from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
 from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
+from flmoe_kernels.layers.parts import UnsupportedLayer, check_plain, plain_module
 from flmoe_kernels.layers.routed_mlp.gates import Gate
 
 Inputs = Sequence[Tensor | None]
@@ -67,24 +68,53 @@ def logits_of(model: Any, inputs: Inputs, masks: Inputs | None, expert: int | No
     """Logits (B, C) of the model, or of one of its experts before mixing.
 
     Logits of an expert of InteractionMoE do not include its weight in the mixture. Logits of an expert of
-    PairInteractionMoE are its part of the layer's logits. Raises TypeError or ValueError if there are no logits.
+    PairInteractionMoE are its part of the layer's logits. InteractionMoE runs `inference`, with fewer views than
+    `forward`, unless it has a forward hook or another `forward`. Raises TypeError or ValueError if there are no
+    logits.
     """
-    if isinstance(model, ReferenceInteractionMoE):
+    mixture = isinstance(model, ReferenceInteractionMoE)
+    if mixture and not changed_reason(model, ("forward",)):
         given: Any = inputs
         experts, _, mixed = model.inference(given, masks)
         return mixed if expert is None else experts[expert]
     out = model(inputs, masks)
-    if expert is not None:
-        return out.expert_logits[:, expert]
-    logits = getattr(out, "logits", out)
+    logits = _of_forward(out, expert) if mixture else None
+    if logits is None and expert is not None:
+        by_expert = getattr(out, "expert_logits", None)
+        logits = None if by_expert is None else by_expert[:, expert]
+    elif logits is None:
+        logits = getattr(out, "logits", out)
     if not isinstance(logits, Tensor):
+        name, hint = "logits", "swap() converts a published layer into one of this package"
+        if mixture or isinstance(model, PairInteractionMoE):
+            name = "logits" if expert is None else "expert_logits"
+            hint = changed_reason(model) or hint
         raise TypeError(
-            f"model: expected logits (B, C), or an object with `logits`, from model(inputs, masks), got "
-            f"{type(out).__name__}; swap() converts a published layer into one of this package"
+            f"model: expected logits (B, C), or an object with `{name}`, from model(inputs, masks), got "
+            f"{type(out).__name__}; {hint}"
         )
     if logits.dim() != 2:
         raise ValueError(f"model: expected logits (B, C), got {tuple(logits.shape)}")
     return logits
+
+
+def _of_forward(out: Any, expert: int | None) -> Any:
+    """Logits in the result of an interaction layer's forward; None if it has another form."""
+    if not isinstance(out, tuple) or len(out) < 4 or not isinstance(out[0], list):
+        return None
+    if expert is None:
+        return out[2]
+    full = out[0][expert][0]
+    return full if isinstance(full, Tensor) else full[0]
+
+
+def changed_reason(model: nn.Module, only: Sequence[str] = ()) -> str:
+    """Why a call of a layer may not compute what this package's class does, "" if it does; see `check_plain`."""
+    try:
+        check_plain(model, "model", only=only)
+    except UnsupportedLayer as error:
+        return str(error)
+    return ""
 
 
 def require_model(model: Any, masking: bool) -> None:
@@ -124,12 +154,26 @@ def add_tensor(hasher: Any, value: Tensor | None) -> None:
     hasher.update(flat.view(torch.uint8).numpy().tobytes())
 
 
-def takes_tokens_in_any_order(model: Any) -> bool:
-    """Whether logits depend only on the set of valid tokens, so that masked tokens may be removed.
+def is_plain_pair_layer(model: Any) -> bool:
+    """Whether the logit is that of an unchanged PairInteractionMoE, see `changed_pairs_reason`."""
+    return isinstance(model, PairInteractionMoE) and not changed_pairs_reason(model)
 
-    False for subclasses of PairInteractionMoE, which may add positions.
-    """
-    return type(model) is PairInteractionMoE
+
+def changed_pairs_reason(layer: PairInteractionMoE) -> str:
+    """Why the logit may be no 2-additive game, or may depend on the order of tokens; "" if neither."""
+    if reason := changed_reason(layer):
+        return reason
+    parts: dict[str, tuple[nn.Module, type[nn.Module]]] = {
+        f"norms.{m}": (norm, nn.LayerNorm) for m, norm in enumerate(layer.norms)
+    }
+    for p, maps in enumerate(layer.projections):
+        parts |= {f"projections.{p}.{side}": (maps[side], nn.Linear) for side in ("a", "b")}
+    try:
+        for path, (part, kind) in parts.items():
+            check_plain(plain_module(part, path, kind), path)
+    except UnsupportedLayer as error:
+        return str(error)
+    return ""
 
 
 def game_digest(

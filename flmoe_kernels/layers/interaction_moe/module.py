@@ -14,7 +14,13 @@ from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.dtypes import autocast_dtype
 from flmoe_kernels.layers.modalities import Masks, Modalities
-from flmoe_kernels.layers.parts import UnsupportedLayer, class_name, separate, share_parameters
+from flmoe_kernels.layers.parts import (
+    UnsupportedLayer,
+    class_name,
+    record_methods,
+    separate,
+    share_parameters,
+)
 from flmoe_kernels.ops.reweighting import mix_experts, reweighting_features
 
 from .architecture import LayerSpec
@@ -37,6 +43,7 @@ from .structure import describe
 from .variants import variant_of
 
 
+@record_methods
 class InteractionMoE(KernelLayer, ReferenceInteractionMoE):
     """The fast FL-I2MoE / I2MoE layer: same constructor, parameters, state_dict and outputs.
 

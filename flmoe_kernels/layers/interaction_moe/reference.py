@@ -22,7 +22,7 @@ from flmoe_kernels.layers.modalities import (
     prepare_modalities,
     present_modalities,
 )
-from flmoe_kernels.layers.parts import separate
+from flmoe_kernels.layers.parts import record_methods, separate
 from flmoe_kernels.ops.interaction_losses import interaction_losses
 from flmoe_kernels.ops.interaction_losses.reference import regression_losses
 
@@ -42,6 +42,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+@record_methods
 class ReferenceInteractionMoE(nn.Module):
     """The layer as published: (M + 1)(M + 2) fusion passes in Python loops.
 

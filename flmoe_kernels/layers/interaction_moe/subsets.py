@@ -12,7 +12,7 @@ from torch import Tensor
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core.dtypes import autocast_dtype, statistics_dtype
 from flmoe_kernels.layers.modalities import Masks, Modalities, valid_tokens
-from flmoe_kernels.layers.parts import UnsupportedLayer, check_methods
+from flmoe_kernels.layers.parts import UnsupportedLayer, check_plain
 from flmoe_kernels.ops.encoder import api as ops
 
 from .dense import infer
@@ -24,24 +24,18 @@ from .packing import Views, plan_tokens
 
 Fills = Sequence[Tensor | None] | None
 
-# Methods that `subset_logits` does not call; as of the import, because a program may replace them.
-_BYPASSED = {
-    name: getattr(InteractionMoE, name)
-    for name in ("inference", "_fast_inference", "_latents", "_mix")
-}
-
 
 def has_subset_logits(layer: Any) -> bool:
-    """Whether `subset_logits` computes this layer: an InteractionMoE of dense experts with its own `inference`."""
+    """Whether `subset_logits` computes this layer: an InteractionMoE of dense experts, see `check_plain`."""
     if not isinstance(layer, InteractionMoE) or layer.spec.sparse is not None:
         return False
     if backends.requested(layer.backend) not in (None, backends.CPU):
         return False
     try:
-        check_methods(layer, "")
+        check_plain(layer, "")
     except UnsupportedLayer:
         return False
-    return all(getattr(type(layer), name) is method for name, method in _BYPASSED.items())
+    return True
 
 
 def subset_logits(

@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from flmoe_kernels.core import backend as backends
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.dtypes import without_autocast
 from flmoe_kernels.layers.modalities import drop_modalities, present_modalities
+from flmoe_kernels.layers.parts import RECOMPUTES, check_plain, record_methods
 from flmoe_kernels.ops.interaction_losses import interaction_losses as losses_of
 from flmoe_kernels.ops.pair_moe.call import REDUCE_EXPERTS, REDUCE_POOL
 from flmoe_kernels.ops.pair_moe.kinds import DEFAULT_KINDS
@@ -38,10 +36,12 @@ _DEFAULTS = {
     **{"top_k": None, "temperature": 1.0, "token_outputs": False},
     **{"modality_dropout": 0.0, "backend": None},
 }
-_RECOMPUTES = (BasePruningMethod, WeightNorm, SpectralNorm)
+# Methods that compute the logits; `explain` may have a wrapper, as under FSDP2.
+_EXPLAINED = ("forward", "_enter", "_tokens", "_project", "_pool", "_classify")
 _VARIANTS = 3  # of a pair's sides: as given, first one replaced, second one replaced
 
 
+@record_methods
 class PairInteractionMoE(nn.Module):
     """A mixture of interaction experts over all token pairs of all modality pairs.
 
@@ -258,7 +258,8 @@ class PairInteractionMoE(nn.Module):
     ) -> PairExplanation:
         """Compute exact Shapley values and interaction indices of one class's logit; see PairExplanation.
 
-        The results are constants for autograd and for torch.func transforms.
+        The results are constants for autograd and for torch.func transforms. If a norm or projection was replaced,
+        the new one must map each token by itself.
 
         Args:
             inputs, masks: as in forward.
@@ -266,8 +267,9 @@ class PairInteractionMoE(nn.Module):
                 logit.
 
         Raises:
-            TypeError, ValueError, BackendUnavailable: as in forward; ValueError for a layer without classes, and
-                for logits that are NaN or inf.
+            TypeError, ValueError, BackendUnavailable: as in forward; ValueError for a layer without classes, for
+                logits that are NaN or inf, and for a layer with a forward hook or with a changed method, which
+                explain would ignore (`explain.shapley_interactions` calls such a layer).
 
         Cost: about four forward passes; nothing of size L_m x L_n. Tokens are projected in the parameters' dtype,
         also under autocast, and everything else is in the statistics dtype (see PairOutput). The values add up to
@@ -275,9 +277,9 @@ class PairInteractionMoE(nn.Module):
         """
         if self.num_classes is None or self.head is None or self.bias is None:
             raise ValueError("explain: expected a layer with classes, got num_classes=None")
+        check_plain(self, "layer", "explain does not call forward", _EXPLAINED)
         for hook in self._forward_pre_hooks.values():
-            # Of pruning and of the old weight and spectral norm, which compute a parameter before a call.
-            if isinstance(hook, _RECOMPUTES):
+            if isinstance(hook, RECOMPUTES):
                 hook(self, ())
         inputs, masks = self._enter(inputs, masks)
         batch = batch_of(inputs)
