@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from flmoe_kernels import PairInteractionMoE
 from flmoe_kernels.explain import (
     Run,
     TokenGame,
@@ -208,6 +209,9 @@ def test_mistakes_of_models_and_inputs() -> None:
     assert_refused(
         lambda: in_training(np.ones((1, 9))), "model: expected eval mode, got InteractionMoE"
     )
+    dropping = PairInteractionMoE((8, 8), num_classes=2, modality_dropout=0.5).train()
+    text = "model: expected eval mode, got PairInteractionMoE"
+    assert_refused(lambda: probe_pairs(dropping, [torch.ones(1, 2, 8)] * 2), text)
     assert_refused(lambda: game(ones), r"coalitions: expected \(coalitions, 9\), got \(2, 8\)")
     large = Planted(20, lambda inside: inside.sum(axis=1))
     text = r"method: .* for 20 tokens; 'exact' enumerates .* 16"

@@ -121,8 +121,9 @@ def require_model(model: Any, masking: bool) -> None:
     """Check for a callable in eval mode that, for `masking`, takes masks. Raises TypeError or ValueError."""
     if not callable(model):
         raise TypeError(f"model: expected a Module or a callable, got {type(model).__name__}")
-    # A PairInteractionMoE draws nothing in either mode.
-    if isinstance(model, nn.Module) and not isinstance(model, PairInteractionMoE):
+    # A PairInteractionMoE without modality dropout draws nothing in either mode.
+    draws_nothing = isinstance(model, PairInteractionMoE) and not model.modality_dropout
+    if isinstance(model, nn.Module) and not draws_nothing:
         training = [name for name, part in model.named_modules() if part.training]
         if training:
             part = training[0] or type(model).__name__
