@@ -77,7 +77,7 @@ test-integrations: compiler $(BUILT) $(TOOLS) ## install transformers, Lightning
 
 # The driver runs the C++ kernels alone, because Python and torch are slow under emulation. Its results are compared with
 # those of this machine's processor, which the Python tests compare with the reference.
-test-aarch64: aarch64-tools $(INSTALLED) ## cross-compile the CPU kernels and test them under qemu: minutes
+test-aarch64: compiler aarch64-tools $(INSTALLED) ## cross-compile the CPU kernels and test them under qemu: minutes
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -G Ninja -S . -B build/driver -DFLMOE_DRIVER=ON
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -G Ninja -S . -B build/aarch64 -DFLMOE_DRIVER=ON \
 		-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
@@ -103,7 +103,7 @@ compatibility: compiler ## test operators, compile, export, backends with PACKAG
 		tests/core/test_compile.py tests/core/test_dynamic_sizes.py tests/layers/test_layer_programs.py $(ARGS) || status=1; \
 	$(if $(filter triton%,$(PACKAGES)),TRITON_INTERPRET=1 $(OTHER)/bin/python -m pytest --junitxml=$(OTHER)/2.xml \
 		tests/interpreter -m "not slow" $(ARGS) || status=1;) \
-	$(OTHER)/bin/python -m bench.compatibility $(OTHER)/*.xml; \
+	$(OTHER)/bin/python -m bench.compatibility $(OTHER)/1.xml $(OTHER)/2.xml; \
 	exit $$status
 
 bench: compiler $(BUILT) $(TOOLS) ## run the quick benchmarks, fail on a regression in two processes

@@ -1,6 +1,6 @@
-"""Command `python -m bench.compatibility REPORT...`: a row of the table in docs/compatibility.md.
+"""Command `python -m bench.compatibility CPU TRITON`: a row of the table in docs/compatibility.md.
 
-The reports are JUnit files of pytest: tests on the CPU, and where Triton was selected, tests in its interpreter.
+The arguments are JUnit files of pytest: tests on the CPU, and tests in Triton's interpreter, which may be missing.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ import platform
 import sys
 from datetime import date
 from importlib import metadata
+from pathlib import Path
 from xml.etree import ElementTree
 
 
 def outcome(report: str) -> str:
     """Number of tests of a report that passed, failed and were skipped, for example "141 passed, 3 skipped"."""
+    if not Path(report).exists():
+        return "not run"
     suite = ElementTree.parse(report).getroot()[0]
     tests, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
     failed = int(suite.attrib["failures"]) + int(suite.attrib["errors"])
@@ -29,9 +32,8 @@ def release(package: str) -> str:
 
 
 def main(reports: list[str]) -> None:
-    outcomes = [outcome(report) for report in reports] + ["not run"] * (2 - len(reports))
     versions = [release("torch"), release("triton"), platform.python_version()]
-    print("|", " | ".join([*versions, *outcomes, date.today().isoformat()]), "|")
+    print("|", " | ".join([*versions, *map(outcome, reports), date.today().isoformat()]), "|")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ FORWARDS: dict[Any, Any] = {
 
 # Pre-hooks of pruning and of the old weight and spectral norm, which compute a parameter before a call.
 RECOMPUTES = (BasePruningMethod, WeightNorm, SpectralNorm)
+# Modules of FSDP, whose hooks gather parameters.
+_GATHERING = ("torch.distributed.fsdp.", "torch.distributed._composable.")
 
 # Methods of this package's classes, likewise.
 _METHODS: dict[Any, dict[str, Any]] = {}
@@ -137,7 +139,7 @@ def check_plain(layer: nn.Module, path: str, reason: str = "", only: Collection[
     """Check that a call of a layer runs this package's methods and no hook that could change its result.
 
     Functions that do not call the layer compute the same then. Hooks that compute a parameter (`RECOMPUTES`) and
-    those of torch.distributed, which gather parameters, are allowed.
+    those of FSDP, which gather parameters, are allowed.
 
     Args:
         reason: for the error, why a hook would not run.
@@ -148,7 +150,7 @@ def check_plain(layer: nn.Module, path: str, reason: str = "", only: Collection[
     for kind in ("pre_hook", "hook"):
         for hook in getattr(layer, f"_forward_{kind}s").values():
             module = getattr(hook, "__module__", None) or ""
-            if isinstance(hook, RECOMPUTES) or module.startswith("torch.distributed."):
+            if isinstance(hook, RECOMPUTES) or module.startswith(_GATHERING):
                 continue
             name = getattr(hook, "__qualname__", None) or class_name(hook)
             raise UnsupportedLayer(

@@ -99,7 +99,8 @@ def cases(
     sizes = [by_name(shape, device) if isinstance(shape, str) else shape for shape in chosen]
     default = "bfloat16" if is_cuda(device) else "float32"
     types = [_dtype(dtype) for dtype in ((default,) if dtypes is None else dtypes)]
-    wanted = [known("phase", phase, PHASES) for phase in (PHASES if phases is None else phases)]
+    given = dict.fromkeys(PHASES if phases is None else phases)
+    wanted = [known("phase", phase, PHASES) for phase in given]
     result = []
     for name in OPERATORS if operators is None else operators:
         operator = _operator(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def _forward(layer: Any) -> None:
 def _norms(kind: type[nn.LayerNorm]) -> Callable[[Any], Any]:
     def replace(layer: Any) -> None:
         for m, norm in enumerate(layer.norms):
-            layer.norms[m] = kind(norm.normalized_shape, dtype=torch.float64)
+            layer.norms[m] = kind(norm.normalized_shape, dtype=torch.float64).eval()
 
     return replace
 
@@ -163,6 +164,19 @@ def test_functions_that_do_not_call_the_layer_refuse_it(name: str) -> None:
             probe_pairs(layer, x, indices=("SII",), method="closed_form")
 
 
+@pytest.mark.parametrize("replacement", ["mean", "noise"])
+def test_a_hook_adds_no_views_and_draws_nothing(replacement: str) -> None:
+    layer, x = layer_of(False)
+    layer.replacement = replacement
+    expected = shapley_interactions(layer, x, target=1)[0]
+    layer.register_forward_hook(lambda *_: None)
+    state = torch.get_rng_state()
+    result = shapley_interactions(layer, x, target=1)[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    np.testing.assert_allclose(result.values, expected.values, rtol=0, atol=1e-12)
+    assert layer.interaction_loss
+
+
 @pytest.mark.parametrize("pairs", [True, False])
 def test_results_without_logits_are_refused_with_the_reason(pairs: bool) -> None:
     layer, x = layer_of(pairs)
@@ -195,6 +209,8 @@ HARMLESS: dict[str, Callable[[Any], Any]] = {
     ),
     "restored": _removed,
     "backward hook": lambda layer: layer.register_full_backward_hook(lambda *_: None),
+    # As torch's register_fsdp_forward_method leaves it.
+    "wrapped explain": lambda layer: setattr(layer, "explain", partial(type(layer).explain, layer)),
 }
 
 

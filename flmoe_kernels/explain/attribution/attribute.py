@@ -16,7 +16,7 @@ from flmoe_kernels.explain.games.memory import choose_batch
 from flmoe_kernels.explain.games.models import Inputs, expert_names, logits_of, require_model
 from flmoe_kernels.explain.games.tokens import require_samples, valid_tokens
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
-from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
+from flmoe_kernels.layers.pair_interaction_moe.module import EXPLAINED, PairInteractionMoE
 
 from .experts import ALL, TOKENS, Experts, check_readout, readout_weights, require_unchanged
 from .integrated import GAUSS, RULES, LogitsOf, Path, integrated_gradients
@@ -201,7 +201,7 @@ def _parts(
         functions = [experts.scores(e, explains == MIXTURE) for e in range(len(own))]
         return experts.names, functions, mixture, weights
     if isinstance(model, PairInteractionMoE):
-        require_unchanged(model)
+        require_unchanged(model, EXPLAINED)
     with torch.no_grad():
         mixture = logits_of(model, inputs, masks, None)
     # PairInteractionMoE adds its experts with weight 1; any other model is a single part.

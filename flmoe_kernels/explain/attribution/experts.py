@@ -99,10 +99,10 @@ class Experts:
         return logits
 
 
-def require_unchanged(layer: nn.Module) -> None:
+def require_unchanged(layer: nn.Module, only: Sequence[str] = ()) -> None:
     """Raises UnsupportedLayer, a ValueError, for a layer with a forward hook or with a changed method."""
     try:
-        check_plain(layer, "model", "attribute calls the parts of a layer")
+        check_plain(layer, "model", "attribute calls the parts of a layer", only)
     except UnsupportedLayer as error:
         raise UnsupportedLayer(
             f"{error}; pass a function that returns the layer's logits, with method='integrated_gradients'"

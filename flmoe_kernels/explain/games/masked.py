@@ -95,7 +95,7 @@ class MaskedModel:
         self, rows: Tensor, absent: Sequence[Tensor | None]
     ) -> tuple[list[Tensor | None], list[Tensor | None] | None]:
         """Return inputs and masks of samples `rows` (N,) without the tokens `absent`, M x (N, L_m) or None."""
-        packs = is_plain_pair_layer(self.model)
+        packs = self.fill == "drop" and is_plain_pair_layer(self.model)
         inputs: list[Tensor | None] = []
         masks: list[Tensor | None] = []
         for m, (x, gone) in enumerate(zip(self.inputs, absent, strict=True)):

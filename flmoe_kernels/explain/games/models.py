@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -16,7 +17,7 @@ from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.dtypes import autocast_dtype
 from flmoe_kernels.layers.interaction_moe.fusion_transformer import FusionTransformer
 from flmoe_kernels.layers.interaction_moe.reference import ReferenceInteractionMoE
-from flmoe_kernels.layers.pair_interaction_moe.module import PairInteractionMoE
+from flmoe_kernels.layers.pair_interaction_moe.module import EXPLAINED, PairInteractionMoE
 from flmoe_kernels.layers.parts import UnsupportedLayer, check_plain, plain_module
 from flmoe_kernels.layers.routed_mlp.gates import Gate
 
@@ -77,6 +78,9 @@ def logits_of(model: Any, inputs: Inputs, masks: Inputs | None, expert: int | No
         given: Any = inputs
         experts, _, mixed = model.inference(given, masks)
         return mixed if expert is None else experts[expert]
+    if mixture:  # Without losses, forward computes one view and draws nothing.
+        model = copy.copy(model)
+        model.interaction_loss = False
     out = model(inputs, masks)
     logits = _of_forward(out, expert) if mixture else None
     if logits is None and expert is not None:
@@ -88,7 +92,7 @@ def logits_of(model: Any, inputs: Inputs, masks: Inputs | None, expert: int | No
         name, hint = "logits", "swap() converts a published layer into one of this package"
         if mixture or isinstance(model, PairInteractionMoE):
             name = "logits" if expert is None else "expert_logits"
-            hint = changed_reason(model) or hint
+            hint = changed_reason(model, () if mixture else EXPLAINED) or hint
         raise TypeError(
             f"model: expected logits (B, C), or an object with `{name}`, from model(inputs, masks), got "
             f"{type(out).__name__}; {hint}"
@@ -121,8 +125,8 @@ def require_model(model: Any, masking: bool) -> None:
     """Check for a callable in eval mode that, for `masking`, takes masks. Raises TypeError or ValueError."""
     if not callable(model):
         raise TypeError(f"model: expected a Module or a callable, got {type(model).__name__}")
-    # A PairInteractionMoE without modality dropout draws nothing in either mode.
-    draws_nothing = isinstance(model, PairInteractionMoE) and not model.modality_dropout
+    # An unchanged PairInteractionMoE without modality dropout draws nothing in either mode.
+    draws_nothing = is_plain_pair_layer(model) and not model.modality_dropout
     if isinstance(model, nn.Module) and not draws_nothing:
         training = [name for name, part in model.named_modules() if part.training]
         if training:
@@ -162,7 +166,7 @@ def is_plain_pair_layer(model: Any) -> bool:
 
 def changed_pairs_reason(layer: PairInteractionMoE) -> str:
     """Why the logit may be no 2-additive game, or may depend on the order of tokens; "" if neither."""
-    if reason := changed_reason(layer):
+    if reason := changed_reason(layer, EXPLAINED):
         return reason
     parts: dict[str, tuple[nn.Module, type[nn.Module]]] = {
         f"norms.{m}": (norm, nn.LayerNorm) for m, norm in enumerate(layer.norms)

@@ -145,9 +145,8 @@ def infer(
         replaced = views.places(plan) == torch.arange(-1, views.count - 1).unsqueeze(1)
         count: int | Tensor = n
         index = (torch.arange(n) + n * replaced).flatten()
-        if (
-            not plan.compact
-        ):  # The valid rows of all views come first, because no run may contain padding.
+        # The valid rows of all views come first, because no run may contain padding.
+        if not plan.compact:
             count = cu_samples[-1]
             places = torch.arange(views.count * n)
             view, row = places // count.clamp(min=1), places % count.clamp(min=1)

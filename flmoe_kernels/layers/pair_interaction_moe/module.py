@@ -37,7 +37,7 @@ _DEFAULTS = {
     **{"modality_dropout": 0.0, "backend": None},
 }
 # Methods that compute the logits; `explain` may have a wrapper, as under FSDP2.
-_EXPLAINED = ("forward", "_enter", "_tokens", "_project", "_pool", "_classify")
+EXPLAINED = ("forward", "_enter", "_tokens", "_project", "_pool", "_classify")
 _VARIANTS = 3  # of a pair's sides: as given, first one replaced, second one replaced
 
 
@@ -277,7 +277,7 @@ class PairInteractionMoE(nn.Module):
         """
         if self.num_classes is None or self.head is None or self.bias is None:
             raise ValueError("explain: expected a layer with classes, got num_classes=None")
-        check_plain(self, "layer", "explain does not call forward", _EXPLAINED)
+        check_plain(self, "layer", "explain does not call forward", EXPLAINED)
         for hook in self._forward_pre_hooks.values():
             if isinstance(hook, RECOMPUTES):
                 hook(self, ())

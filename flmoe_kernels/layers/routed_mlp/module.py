@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import _named_member_accessor
 
 from flmoe_kernels.core import validation as check
 from flmoe_kernels.core.backend import BACKENDS
@@ -88,8 +89,7 @@ class Routers(nn.ModuleDict):
         # torch.func.functional_call finds modules by their attributes and replaces their tensors for every key of
         # a state_dict. It cannot restore a module with two keys, so it gets a copy with the same tensors for
         # the second key. All other callers get the gate itself.
-        caller = sys._getframe(1).f_globals.get("__name__")
-        if caller != "torch.nn.utils._named_member_accessor":
+        if sys._getframe(1).f_globals is not vars(_named_member_accessor):
             return value
         router: Any = value
         tensors = (*router.parameters(), *router.buffers())

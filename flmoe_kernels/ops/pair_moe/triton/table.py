@@ -143,9 +143,10 @@ def class_of(call: PairCall) -> str:
 def candidates(kernel: str, call: PairCall, architecture: Architecture | None) -> list[Tiles]:
     """Candidates for autotune; the first is that of the launch table. All use the table's chunks."""
     first = TABLE.tiles(key_of(kernel, call), architecture, *narrower(kernel, call))
+    plain = replace(first, shared=_UNKNOWN)
     tried = [
-        replace(first, rows=rows, columns=columns, warps=warps, stages=stages, shared=_UNKNOWN)
+        replace(plain, rows=rows, columns=columns, warps=warps, stages=stages)
         for rows, columns, warps, stages in _TRIED[kernel]
     ]
-    known = replace(first, shared=_UNKNOWN)
-    return [first, *(tiles for tiles in tried if tiles != known)]
+    tried = [tiles if tiles.rows >= 64 else replace(tiles, held=False) for tiles in tried]
+    return [first, *(tiles for tiles in tried if tiles != plain)]
