@@ -142,7 +142,7 @@ def check_plain(layer: nn.Module, path: str, reason: str = "", only: Collection[
     those of FSDP, which gather parameters, are allowed.
 
     Args:
-        reason: for the error, why a hook would not run.
+        reason: for the error, why the hook or method would not run.
         only: the methods to check; by default all.
     """
     if has_global_hook():
@@ -157,8 +157,11 @@ def check_plain(layer: nn.Module, path: str, reason: str = "", only: Collection[
                 f"{path}: has a forward {kind.replace('_', '-')}, {name}"
                 + (reason and f", which would not run, because {reason}")
             )
-    check_methods(layer, path, only)
-    check_inherited(layer, path, only)
+    try:
+        check_methods(layer, path, only)
+        check_inherited(layer, path, only)
+    except UnsupportedLayer as error:
+        raise UnsupportedLayer(f"{error}{reason and f', but {reason}'}") from None
 
 
 def expect_linear(

@@ -65,10 +65,17 @@ def commit() -> str:
 
 def ask_driver(device: str, query: str) -> list[str]:
     """Return the answers of nvidia-smi about a GPU, in the query's order, with units; [] if there are none."""
-    # nvidia-smi numbers all GPUs, torch only those in CUDA_VISIBLE_DEVICES.
-    name = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    text = _output("nvidia-smi", f"--id={name}", f"--query-gpu={query}", "--format=csv,noheader")
-    return text.split(", ") if text else []
+    properties = torch.cuda.get_device_properties(device)
+    # nvidia-smi numbers all GPUs, torch only those in CUDA_VISIBLE_DEVICES, so the number is the last resort.
+    uuid = getattr(properties, "uuid", None)
+    names = [f"GPU-{uuid}"] if uuid else []
+    for name in (*names, str(torch.device(device).index or 0)):
+        text = _output(
+            "nvidia-smi", f"--id={name}", f"--query-gpu={query}", "--format=csv,noheader"
+        )
+        if text:
+            return text.split(", ")
+    return []
 
 
 def _gpu_facts(device: str) -> dict[str, Any]:

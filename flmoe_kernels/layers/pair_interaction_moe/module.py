@@ -277,7 +277,9 @@ class PairInteractionMoE(nn.Module):
         """
         if self.num_classes is None or self.head is None or self.bias is None:
             raise ValueError("explain: expected a layer with classes, got num_classes=None")
-        check_plain(self, "layer", "explain does not call forward", EXPLAINED)
+        check_plain(
+            self, "layer", "explain() does not call forward; shapley_interactions() does", EXPLAINED
+        )
         for hook in self._forward_pre_hooks.values():
             if isinstance(hook, RECOMPUTES):
                 hook(self, ())
