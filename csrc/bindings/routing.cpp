@@ -135,11 +135,6 @@ void bind_routing(py::module_& m) {
         });
   // (architectures, reason): one of the two is empty.
   m.def("cuda_build", [] { return py::make_tuple(flmoe::kCudaArchitectures, flmoe::kCudaReason); });
-  m.def("routing_plan", [](int64_t rows, int64_t bins) {
-    require_countable(rows, bins);
-    const flmoe::RoutingPlan plan = flmoe::routing_plan(rows, bins);
-    return py::make_tuple(plan.blocks, plan.rows_per_block, plan.alone);
-  });
   m.def("routing_counters", [](int64_t rows, int64_t bins) {
     require_countable(rows, bins);
     return flmoe::routing_counters(flmoe::routing_plan(rows, bins), bins);

@@ -38,8 +38,6 @@ def prepare_function(
     leaves: Mapping[str, Tensor],
     phase: str,
     through: Mapping[str, Form],
-    *,
-    context: Context = contextlib.nullcontext,
 ) -> Prepared:
     """Prepare a contestant that is a function of tensors.
 
@@ -49,14 +47,12 @@ def prepare_function(
         phase: "backward" is timed on a graph that was made once and is kept.
         through: the results that a timed backward starts from, with their shapes and dtypes. They are passed so
             that only "backward" computes anything here: the memory of a first call can then be measured.
-        context: entered around each call: autocast, precision of products.
     """
     inputs = {name: x.detach().requires_grad_() for name, x in leaves.items()}
     values = list(inputs.values())
 
     def compute() -> Mapping[str, Tensor]:
-        with context():
-            return function(*values)
+        return function(*values)
 
     def timed_part() -> dict[str, Tensor]:
         results = compute()
@@ -73,8 +69,7 @@ def prepare_function(
         results = {name: x.detach() for name, x in computed.items()}
         if phase == FORWARD:
             return results
-        with context():
-            return results | gradients_by_name(computed, inputs)
+        return results | gradients_by_name(computed, inputs)
 
     if phase == FORWARD:
         return Prepared(forward, outputs)

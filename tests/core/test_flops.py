@@ -186,7 +186,7 @@ LAYERS = (
 
 def loss_of(layer: nn.Module, *call: Any) -> Tensor:
     x, masks, noise = call
-    outputs = named_outputs(layer, layer(x, masks, replacements=noise))
+    outputs = named_outputs(layer(x, masks, replacements=noise))
     return torch.stack([out.sum() for out in outputs.values()]).sum()
 
 

@@ -37,8 +37,8 @@ def jacobians(name: str) -> list[Tensor]:
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
-def like(tensors: Sequence[Tensor], seed: int = 200) -> tuple[Tensor, ...]:
-    return tuple(draw(*x.shape, dtype=torch.float64, seed=seed + i) for i, x in enumerate(tensors))
+def like(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(draw(*x.shape, dtype=torch.float64, seed=200 + i) for i, x in enumerate(tensors))
 
 
 def weights(name: str, *shape: int) -> Tensor:

@@ -90,7 +90,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.layer.parameters(), lr=1e-3, capturable=True)
 
     def loss(self) -> Tensor:
-        outputs = named_outputs(self.layer, self.layer(self.x, self.masks))
+        outputs = named_outputs(self.layer(self.x, self.masks))
         loss = outputs["logits"].float().square().mean() + outputs["losses"].float().sum()
         return loss + outputs["gate_losses"].sum() if "gate_losses" in outputs else loss
 
@@ -246,7 +246,7 @@ def test_a_replay_agrees_with_the_layer() -> None:
     leaves = [each.requires_grad_() for each in (*x, *layer.parameters())]
 
     def call() -> list[Tensor]:
-        outputs = named_outputs(layer, layer(x, masks, replacements=noise))
+        outputs = named_outputs(layer(x, masks, replacements=noise))
         total = outputs["logits"].sum() + outputs["losses"].sum()
         return [*outputs.values(), *torch.autograd.grad(total, leaves)]
 
@@ -317,7 +317,7 @@ def test_compiled_whole(compiler: str) -> None:
     found = []
     for function in (layer, compiled):
         leaves = [each.detach().requires_grad_() for each in x]
-        outputs = named_outputs(layer, function(leaves, masks, replacements=noise))
+        outputs = named_outputs(function(leaves, masks, replacements=noise))
         total = outputs["logits"].sum() + outputs["losses"].sum()
         grads = torch.autograd.grad(total, [*leaves, *layer.parameters()])
         found.append([*outputs.values(), *grads])

@@ -94,9 +94,9 @@ def assert_refused(layer: InteractionMoE, case: LayerCase, message: str) -> None
 def assert_honoured(layer: InteractionMoE, case: LayerCase) -> None:
     """The kernels and the reference backend give the same results."""
     x, masks, noise = data(case)
-    actual = named_outputs(layer, layer(x, masks, replacements=noise))
+    actual = named_outputs(layer(x, masks, replacements=noise))
     layer.backend = "reference"
-    expected = named_outputs(layer, layer(x, masks, replacements=noise))
+    expected = named_outputs(layer(x, masks, replacements=noise))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     layer.backend = "cpu"
 

@@ -40,7 +40,7 @@ MIXED = (CASES[0], CASES[3], CASES[8])
 
 def outputs(layer: Any, x: Any, masks: Any, noise: Any) -> dict[str, Tensor]:
     with torch.no_grad():
-        values = named_outputs(layer, layer(x, masks, replacements=noise))
+        values = named_outputs(layer(x, masks, replacements=noise))
         _, values["inferred weights"], values["inferred logits"] = layer.inference(x, masks)
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 

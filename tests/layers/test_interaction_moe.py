@@ -140,10 +140,10 @@ def test_a_sample_of_padding_alone(case: LayerCase, dtype: torch.dtype) -> None:
     assert (outputs["expert_latents"][:, :, padded] == 0).all()
     assert all((grad[padded] == 0).all() for grad in (grads["inputs.0"], grads["inputs.1"]))
     low_layer = case.reference(dtype).train(layer.training)
-    low = named_outputs(low_layer, low_layer(x, masks, replacements=noise))
+    low = named_outputs(low_layer(x, masks, replacements=noise))
     exact = case.reference(dtype).double().train(layer.training)
     wide = [as_dtype(each, torch.float64) for each in (x, noise)]
-    oracle = named_outputs(exact, exact(wide[0], masks, replacements=wide[1]))
+    oracle = named_outputs(exact(wide[0], masks, replacements=wide[1]))
     for name in ("expert_latents", "expert_logits"):
         found = [each[name][:, :, others] for each in (outputs, low, oracle)]
         assert_within_budget(*found, name)
@@ -162,7 +162,7 @@ def test_inference_is_the_full_view(case: LayerCase, backend: str) -> None:
     x = case.inputs()
     masks = draw_masks("partial", case.batch, case.lengths) if case.compat == "fl_i2moe" else None
     expert_logits, weights, logits = layer.inference(x, masks)
-    outputs = named_outputs(layer, layer(x, masks))
+    outputs = named_outputs(layer(x, masks))
     assert len(expert_logits) == case.experts
     torch.testing.assert_close(torch.stack(list(expert_logits)), outputs["expert_logits"][:, 0])
     torch.testing.assert_close((weights, logits), (outputs["weights"], outputs["logits"]))
@@ -178,7 +178,7 @@ def test_noise_and_dropout_follow_torchs_generator(case: LayerCase) -> None:
 
     def latents(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return named_outputs(layer, layer(x))["expert_logits"]
+        return named_outputs(layer(x))["expert_logits"]
 
     first = latents(1)
     assert torch.equal(first, latents(1))
@@ -201,7 +201,7 @@ def test_noise_is_fresh_per_expert_modality_and_sample() -> None:
     for expert in layer.interaction_experts:
         expert.load_state_dict(first.state_dict())
     x = [each[:1].expand(2, -1, -1) for each in case.inputs()]
-    latents = named_outputs(layer, layer(x))["expert_latents"]
+    latents = named_outputs(layer(x))["expert_latents"]
     assert (latents[:, 0] == latents[0, 0, 0]).all()
     noisy = latents[:, 1:].flatten(0, 2)
     assert len({tuple(row.tolist()) for row in noisy}) == len(noisy)
@@ -327,7 +327,7 @@ def test_an_empty_batch(case: LayerCase) -> None:
     assert result[2].shape == (0, case.classes)
     assert layer.inference(x)[2].shape == (0, case.classes)
     if case.gate is not None:
-        assert named_outputs(layer, result)["gate_losses"].isfinite().all()
+        assert named_outputs(result)["gate_losses"].isfinite().all()
     result[2].sum().backward()
     assert all(p.grad is None or (p.grad == 0).all() for p in layer.parameters())
 

@@ -52,7 +52,7 @@ def test_gate_losses_are_sums_over_layers_and_modalities(case: LayerCase, mode: 
             layer(x, masks, replacements=noise),
             case.reference().train(mode)(x, masks, replacements=noise),
         ):
-            losses = named_outputs(layer, found)["gate_losses"].detach()
+            losses = named_outputs(found)["gate_losses"].detach()
             torch.testing.assert_close(losses, expected)
 
 
@@ -66,7 +66,7 @@ def test_random_draws_in_training(gate: str) -> None:
     def losses(layer: nn.Module, seed: int) -> Tensor:
         torch.manual_seed(seed)
         with torch.no_grad():
-            return named_outputs(layer, layer(x, masks, replacements=noise))["gate_losses"]
+            return named_outputs(layer(x, masks, replacements=noise))["gate_losses"]
 
     first = losses(layers[0], 1)
     assert torch.equal(first, losses(layers[0], 1))

@@ -44,7 +44,7 @@ def samples(case: LayerCase, make: Callable[[], torch.nn.Module], noise: bool = 
     with torch.no_grad():
         for seed in SEEDS:
             torch.manual_seed(seed)
-            outputs = named_outputs(layer, layer(x, None, replacements=fixed))
+            outputs = named_outputs(layer(x, None, replacements=fixed))
             views = outputs.get("expert_latents", outputs["expert_logits"])
             per_sample = [views.permute(2, 0, 1, 3).flatten(1), outputs["weights"]]
             rows.append(torch.cat([*per_sample, outputs["logits"]], dim=1))

@@ -196,8 +196,8 @@ def test_modes_of_parts_are_adopted() -> None:
     layer = InteractionMoE.adopt(published)
     x, masks, noise = data(case)
     layer.reweight.eval()
-    first = named_outputs(layer, layer(x, masks, replacements=noise))
-    again = named_outputs(layer, layer(x, masks, replacements=noise))
+    first = named_outputs(layer(x, masks, replacements=noise))
+    again = named_outputs(layer(x, masks, replacements=noise))
     torch.testing.assert_close(first, again, rtol=0, atol=0)
     assert layer.training
     assert not encoder(layer).dropout1.training

@@ -209,8 +209,9 @@ def test_views_that_do_not_exist_are_not_computed() -> None:
     assert counts[1] < 0.57 * counts[0]
 
 
-def drop_counts(rate: float, present: Tensor | None, samples: int = 4000) -> Tensor:
+def drop_counts(rate: float, present: Tensor | None) -> Tensor:
     torch.manual_seed(0)
+    samples = 4000
     inputs = [torch.zeros(samples, 2, 3) for _ in range(3)]
     masks = None
     if present is not None:

@@ -133,8 +133,9 @@ def test_checkpointing_does_not_count_twice(reentrant: bool) -> None:
     torch.testing.assert_close(again, gradients(weights(x)))
 
 
-def hot(gate: Gate, dtype: torch.dtype, tokens: int = 70000) -> tuple[Tensor, Tensor, Tensor]:
+def hot(gate: Gate, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of a step under autocast in which all tokens choose the same expert, with all logits and noise."""
+    tokens = 70000
     x = draw(tokens, D)
     noise = draw(tokens, gate.tot_expert, seed=4)
     with torch.no_grad():

@@ -51,18 +51,16 @@ def work(seconds):
 def test_ours(benchmark_against):
     benchmark_against(work({ours}), work(0.004), name="spin", peer_name="plain")
 """
-SPIN = '[[floor]]\ncase = "spin"\npeer = "plain"\nratio = {ratio}\nseconds = 0.5\nrounds = 6\n'
+SPIN = '[[floor]]\ncase = "spin"\npeer = "plain"\nratio = 1.0\nseconds = 0.5\nrounds = 6\n'
 PLUGIN = ("-p", "flmoe_gate", "-p", "no:cacheprovider", "-p", "no:xdist")
 
 
-def run_suite(
-    pytester: pytest.Pytester, ours: float, *arguments: str, ratio: float = 1.0
-) -> pytest.RunResult:
+def run_suite(pytester: pytest.Pytester, ours: float, *arguments: str) -> pytest.RunResult:
     pytester.makeconftest(CLOCK)
     pytester.makepyfile(test_spin=SUITE.format(ours=ours))
     floors = pytester.path / "floors.toml"
     if not floors.exists():
-        floors.write_text(SPIN.format(ratio=ratio))
+        floors.write_text(SPIN)
     return pytester.runpytest_subprocess(*PLUGIN, *arguments)
 
 
@@ -97,7 +95,7 @@ def test_a_floor_that_cannot_be_measured_fails(pytester: pytest.Pytester) -> Non
         "def test_ours(benchmark_against):\n"
         "    benchmark_against.skip('spin', 'plain', 'cpu', 'no kernel runs here')"
     )
-    (pytester.path / "floors.toml").write_text(SPIN.format(ratio=1.0))
+    (pytester.path / "floors.toml").write_text(SPIN)
     result = pytester.runpytest_subprocess(*PLUGIN, "--gate", "floors.toml")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["spin vs plain has a floor * measured: no kernel runs here"])
@@ -114,7 +112,7 @@ def test_a_floor_that_cannot_be_measured_fails(pytester: pytest.Pytester) -> Non
 
 def test_parallel_runs_are_refused(pytester: pytest.Pytester) -> None:
     """Tests that run at the same time would slow each other."""
-    (pytester.path / "floors.toml").write_text(SPIN.format(ratio=1.0))
+    (pytester.path / "floors.toml").write_text(SPIN)
     result = pytester.runpytest_subprocess("-n", "2", "--gate", "floors.toml")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert "--gate: measures time, so run it without -n" in result.stderr.str()

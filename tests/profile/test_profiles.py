@@ -45,8 +45,8 @@ def measured_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiles, "peak_bytes", lambda *_: 42)
 
 
-def quiet(seed: int = 0) -> NoisyMachine:
-    return NoisyMachine(seed, noise=0.01, burst=0.0, placement=0.01, drift=0.0)
+def quiet() -> NoisyMachine:
+    return NoisyMachine(0, noise=0.01, burst=0.0, placement=0.01, drift=0.0)
 
 
 @pytest.mark.parametrize(("copy", "limit", "least"), [(4e3, MATMUL, 5e-4), (1e3, MEMORY, 1e-3)])

@@ -98,7 +98,7 @@ def measure(case: LayerCase, layer: nn.Module) -> dict[str, Any]:
     inputs, masks, noise = data(case)
     inputs = [x.to(dtype).requires_grad_() for x in inputs]
     noise = [[x.to(dtype).requires_grad_() for x in row] for row in noise]
-    outputs = named_outputs(layer, layer(inputs, masks, replacements=noise))
+    outputs = named_outputs(layer(inputs, masks, replacements=noise))
     leaves = {f"inputs.{m}": x for m, x in enumerate(inputs)}
     leaves |= {f"replacements.{e}.{m}": x for e, row in enumerate(noise) for m, x in enumerate(row)}
     leaves |= dict(layer.named_parameters())

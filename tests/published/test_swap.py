@@ -165,10 +165,9 @@ def test_shares_parameters_so_that_an_older_optimizer_trains_the_layer() -> None
 def called_by_each_kind_of_hook(layer: nn.Module, seen: list) -> list:
     """Register hooks of every kind; each records its kind and its module."""
 
-    def note(kind: str, result: Any = None) -> Any:
-        def hook(module: nn.Module, *_: Any) -> Any:
+    def note(kind: str) -> Any:
+        def hook(module: nn.Module, *_: Any) -> None:
             seen.append((kind, module))
-            return result
 
         return hook
 

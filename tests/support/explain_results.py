@@ -33,12 +33,12 @@ def pair_values(**changed: Any) -> PairValues:
     return PairValues(**known | changed)
 
 
-def masking_drops(repeats: int = 3, samples: int = 4, unit: str = "percent") -> MaskingDrops:
+def masking_drops(repeats: int = 3, samples: int = 4) -> MaskingDrops:
     draw = torch.Generator().manual_seed(3)
     rand = lambda *shape: torch.rand(shape, generator=draw, dtype=torch.float64)  # noqa: E731
     return MaskingDrops(
         index="faithfulness",
-        unit=unit,
+        unit="percent",
         budgets=(5, 10, 25),
         metrics=("prob", "logit"),
         identified=rand(2, 2, samples, 3),

@@ -59,11 +59,11 @@ SPECIAL_LOGITS = (
 )
 
 
-def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 7) -> list[Tensor]:
+def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """Input gradients of the outputs' inner product with seeded normal values; zeros if there is no gradient."""
     cotangents = {
         # Values that all dtypes represent exactly, so that results in different dtypes can be compared.
-        out: draw(*out.shape, dtype=torch.bfloat16, seed=seed + i).to(out.dtype)
+        out: draw(*out.shape, dtype=torch.bfloat16, seed=7 + i).to(out.dtype)
         for i, out in enumerate(outputs)
         if out.requires_grad
     }
@@ -84,13 +84,10 @@ def draw_masks(
     return MASK_PATTERNS[pattern](batch, lengths, torch.Generator().manual_seed(seed))
 
 
-def draw_replacements(inputs: Sequence[Tensor], experts: int, seed: int = 99) -> list[list[Tensor]]:
+def draw_replacements(inputs: Sequence[Tensor], experts: int) -> list[list[Tensor]]:
     """Noise for every expert and modality, with the shapes and dtypes of the inputs."""
     return [
-        [
-            draw(*x.shape, dtype=x.dtype, seed=seed + e * len(inputs) + m)
-            for m, x in enumerate(inputs)
-        ]
+        [draw(*x.shape, dtype=x.dtype, seed=99 + e * len(inputs) + m) for m, x in enumerate(inputs)]
         for e in range(experts)
     ]
 

@@ -31,9 +31,6 @@ from flmoe_kernels.explain.games.coalitions import Bools, Floats
 
 from .indices import BII, KSII, SII, STII
 
-# Indices whose values of all players and pairs sum to v(all) - v(none).
-EFFICIENT = (KSII, STII)
-
 
 @functools.cache
 def _log_factorials(count: int) -> Floats:

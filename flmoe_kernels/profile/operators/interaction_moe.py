@@ -94,7 +94,10 @@ def prepare_layer(
     dtype: torch.dtype,
     context: Context = contextlib.nullcontext,
 ) -> Prepared:
-    """Prepare the layer that `adopt` makes from the reference; context: see `prepare_function`."""
+    """Prepare the layer that `adopt` makes from the reference.
+
+    context: entered around each call: autocast, precision of products.
+    """
     shape = shape_of(case)
     reference = make_reference(shape).to(case.dtype).to(device=case.device, dtype=dtype)
     inputs, masks = make_inputs(shape, case.device)

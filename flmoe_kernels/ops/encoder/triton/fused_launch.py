@@ -91,11 +91,6 @@ def tiles_of(kernel: str, width: int, architecture: Architecture | None) -> Tile
     return TABLE.tiles((kernel, width > WIDE), architecture)
 
 
-def _chunk(length: int, most: int) -> int:
-    """The largest power of two up to `most` that divides a length."""
-    return min(most, length & -length)
-
-
 def blocks(kernel: str, x: Tensor, computed: ViewRows) -> int:
     """Number of blocks of rows of an expert of x (E, views * rows, D)."""
     rows = computed.arguments(x.shape[1])["rows"]
