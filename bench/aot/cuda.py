@@ -30,6 +30,7 @@ class Kernel:
     registers: int
     spilled: int
     shared: int
+    instructions: int
     matrix: int
 
 
@@ -47,11 +48,11 @@ def dump(option: str) -> str:
 def kernels() -> list[Kernel]:
     """All kernels of the native module, by name and architecture."""
     architectures = native().cuda_build()[0]
-    code: dict[tuple[str, str], int] = {}
+    code: dict[tuple[str, str], tuple[int, int]] = {}
     for label, part in _parts(dump("--dump-sass"), architectures):
         for name, text in re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", part, re.DOTALL):
             lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", text, re.MULTILINE)
-            code[label, name] = sum("HMMA" in line for line in lines)
+            code[label, name] = (len(lines), sum("HMMA" in line for line in lines))
     found = []
     for label, part in _parts(dump("--dump-resource-usage"), architectures):
         for match in _RESOURCES.finditer(part):
@@ -59,6 +60,7 @@ def kernels() -> list[Kernel]:
             plain = re.sub(r"\bflmoe::(\w+::)*|\(anonymous namespace\)::", "", demangled)
             name = _KERNEL.search(plain)
             assert name is not None, demangled
+            instructions, matrix = code[label, match[1]]
             found.append(
                 Kernel(
                     kernel=name[1],
@@ -67,7 +69,8 @@ def kernels() -> list[Kernel]:
                     registers=int(match["registers"]),
                     spilled=int(match["stack"]) + int(match["local"]),
                     shared=int(match["shared"]),
-                    matrix=code[label, match[1]],
+                    instructions=instructions,
+                    matrix=matrix,
                 )
             )
     return found

@@ -24,7 +24,7 @@ _MOST_LABELS = 32
 _LEVEL_LETTERS = 24  # total length of names that fit horizontally
 
 
-def expert_weights(weights: Any, names: Sequence[str]) -> Figure:
+def expert_weights(weights: Any, names: Sequence[str], *, title: str = "") -> Figure:
     """Plot the experts' weights of every sample in grey, and their mean over samples as bars, both from 0.
 
     The title of the bars names the expert of largest mean, or the experts that are tied, see `leading`. For 2 to
@@ -49,6 +49,8 @@ def expert_weights(weights: Any, names: Sequence[str]) -> Figure:
     experts = [short(str(name)) for name in names]
     _by_sample(upper, array, experts)
     _overall(lower, array, experts)
+    if title:
+        figure.suptitle(title)
     return figure
 
 
